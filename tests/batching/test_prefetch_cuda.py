@@ -351,6 +351,27 @@ def test_without_looking_ahead_nothing_is_collated_before_it_is_taken_or_waits()
     assert [part.tolist() for part in found] == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_quanta_are_collated_with_the_random_numbers_of_their_own() -> None:
+    events = []
+
+    def collate(samples: Sequence[Tensor]) -> Tensor:
+        events.append("collate")
+        return torch.stack(list(samples)).float()
+
+    def loss(model: nn.Module, part: Tensor) -> tuple[Tensor, int]:
+        events.append("loss")
+        return model(part).sum(), len(part)
+
+    model = nn.Linear(3, 2, device=DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings: dict[str, Any] = {"reproducible": True, "quantum": 2, "collate": collate, "check": False}
+    engine = bigbatch.Engine(model, optimizer, loss, microbatch=4, **settings)
+    for _ in range(2):
+        events.clear()
+        engine.step(list(column(6, 3)))
+        assert events in (["collate", "loss"] * 3, ["collate", "loss"] * 6), "nothing is collated ahead"
+
+
 class RecordingSGD(torch.optim.SGD):
     """Plain SGD that keeps the gradients it was given."""
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bigbatch.gradients import fixed_point_sums
 from bigbatch.gradients.exact_totals import exact_sum
-from bigbatch.gradients.fixed_point_sums import MOST_COLLECTED, SMALL, FixedPointSums
+from bigbatch.gradients.fixed_point_sums import MOST_COLLECTED, MOST_ORDERS, SMALL, FixedPointSums
 from bigbatch.gradients.gradient_scales import NUM_WINDOWS, GradientScales, Magnitudes
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -129,7 +129,11 @@ def test_gradients_that_are_added_together_have_the_sums_of_single_ones(
             return [total.clone() for total in sums.tensors()], sums.peaks()
 
     monkeypatch.setattr(fixed_point_sums, "MOST_COLLECTED", most)
-    together, peaks = collect()
+    adds = Mock(side_effect=torch.cat)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", adds)
+        together, peaks = collect()
+    assert adds.call_count == 4 if most == MOST_COLLECTED else adds.call_count > 4
     monkeypatch.setattr(fixed_point_sums, "SMALL", -1)
     single, expected = collect()
     assert peaks == expected
@@ -170,6 +174,59 @@ def test_small_gradients_are_added_once_if_memory_runs_out_between_them(monkeypa
         sums.backward(sum(3 * p.sum() for p in parameters), only=only)
         assert sums.peaks() == [3.0, 3.0, 3.0]
         assert all(torch.equal(total, torch.full_like(total, 4 * 2**20)) for total in sums.tensors())
+
+
+def test_nan_stays_whatever_other_parameters_later_backwards_reach():
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(4)]
+    with FixedPointSums(parameters, scales=[20] * 4) as sums:
+        sums.backward((parameters[0] * math.nan).sum() + parameters[1].sum())
+        for number in range(1, 40):  # more sets of parameters than are kept apart
+            used = [p for index, p in enumerate(parameters) if (number >> index) & 1] or parameters
+            sums.backward(sum((number * p).sum() for p in used))
+        assert sums.peaks() == [pytest.approx(math.nan, nan_ok=True), 39.0, 39.0, 32.0]
+        assert len(sums._peaks) <= MOST_ORDERS
+
+
+@DEVICES
+@pytest.mark.parametrize("most", [2**24, 50_000], ids=["at once", "in chunks"])
+def test_transposed_gradients_are_added_in_the_order_of_their_parameter(
+    device: str, most: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fixed_point_sums, "DEVICE_CHUNK", most)
+    monkeypatch.setattr(fixed_point_sums, "CPU_CHUNK", most)
+    parameter = nn.Parameter(torch.zeros(300, 400, device=device).t())
+    assert not parameter.is_contiguous()
+    factors = torch.arange(120_000.0, device=device).view(400, 300)
+    with FixedPointSums([parameter], scales=[10]) as sums:
+        for count in (1, 2):
+            sums.backward((parameter * factors).sum())
+            assert torch.equal(sums.tensors()[0], (count * factors * 2**10).long())
+
+
+@pytest.mark.parametrize("ends_by", ["close", "restart"])
+def test_gradients_of_a_failed_backward_are_dropped_with_the_sums(ends_by: str):
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+
+    def fail(_: torch.Tensor) -> None:
+        raise ValueError("of the user")
+
+    parameters[1].register_hook(fail)
+    sums = FixedPointSums(parameters, scales=[20, 20])
+    sums.open()
+    with pytest.raises(ValueError, match="of the user"):
+        sums.backward(parameters[0].sum() + parameters[1].sum())
+    sums.close() if ends_by == "close" else sums.clear()
+    assert not sums._small
+    assert sums.peaks() == [0.0, 0.0]
+
+
+def test_backwards_of_others_are_refused():
+    with (
+        FixedPointSums([nn.Parameter(torch.ones(3))], scales=[20]) as sums,
+        pytest.raises(NotImplementedError, match=r"^reproducible sums take backwards by backward\(\) only$"),
+        sums.adding(),
+    ):
+        pass
 
 
 @pytest.mark.gpu

@@ -24,7 +24,7 @@ class _Fetched(NamedTuple):
 
 
 class Prefetcher:
-    """Source of the micro-batches of a split, in order, each copied while the previous one computes.
+    """Source of the micro-batches of a split, in order, each copied without a wait of the host.
 
         with Prefetcher(parts) as prefetcher:
             for rows in parts.groups:
@@ -38,8 +38,8 @@ class Prefetcher:
         parts: Its samples are collated once, in order, each micro-batch when the previous one is taken. An error while
             prefetching is discarded; that micro-batch is collated again when it is taken, and an error is raised then.
             A collate that draws random numbers draws new ones for samples that are retried.
-        looks_ahead: Whether the next micro-batch is prefetched. If not, each one is collated when it is taken, and
-            copied without a wait of the host, which would lose its lead on the device.
+        looks_ahead: Whether the next micro-batch is prefetched. If not, each one is collated and copied when it is
+            taken; the host does not wait for the copy either.
     """
 
     def __init__(self, parts: Split, *, looks_ahead: bool = True) -> None:

@@ -182,7 +182,8 @@ class DirectSums:
         if not self._is_wanted(layer):
             return
         if (total := self._total(layer)) is None:
-            self._start(layer, gradient.to(SumStore.dtype_of(layer.weight)))
+            # a copy: other nodes of the graph may refer to the same tensor
+            self._start(layer, gradient.to(SumStore.dtype_of(layer.weight), copy=True))
         else:
             total.add_(gradient)
 
@@ -265,7 +266,7 @@ class FusedLayer:
         self._sums.add_rows(self, places, rows)
 
     def add_whole(self, gradient: Tensor) -> None:
-        """Add a gradient of the weight, which may be written to from then on."""
+        """Add a gradient of the weight; it is not written to."""
         self._sums.add_whole(self, gradient)
 
     def _note(self, inputs: Tensor) -> None:

@@ -7,7 +7,8 @@ afterwards whether the scales s were suitable, and whether a gradient was not fi
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,15 +17,21 @@ from bigbatch.gradients.foreign_writes import SumVersions, WindowHook, on_accumu
 from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
 from bigbatch.gradients.sum_store import SumStore
 
-# Elements that are converted at once on the CPU, whose integers then stay in the cache: 4 million elements are added in
-# 12 ms instead of 30 (one core, torch 2.11).
-CHUNK = 2**16
+CPU_CHUNK, DEVICE_CHUNK = 2**16, 2**24
+"""Elements of a gradient that are converted at once, on the CPU and elsewhere.
+
+On the CPU they stay in the cache: 4 million elements are added in 12 ms instead of 30 (one core, torch 2.11). Elsewhere
+the copies need 12 bytes an element.
+"""
 
 SMALL = 2**14
-"""Elements of the largest gradients that are added together with others: a kernel for each costs the host more."""
+"""Gradients with at most this many elements are collected and added together: one kernel each costs the host more."""
 
 MOST_COLLECTED = 2**20
-"""Elements that small gradients have together, at most, when they are added."""
+"""Collected gradients are added before the end of the backward if they have more elements than this together."""
+
+MOST_ORDERS = 8
+"""Vectors of peaks, one for each sequence of parameters that received gradients, before they become one."""
 
 
 class FixedPointSums(GradientSums):
@@ -45,10 +52,8 @@ class FixedPointSums(GradientSums):
         self._complete: frozenset[Tensor] = frozenset()  # have the gradient of the current micro-batch already
         self._small: dict[Tensor, Tensor] = {}  # gradients of the current backward that are added together
         self._num_collected = 0  # elements of these
-        self._collects = False
         self._added: list[tuple[int, Tensor]] = []  # index and largest |g| of the gradients since `_note_peaks`
         self._peaks: dict[tuple[int, ...], Tensor] = {}  # by the indices of the parameters of a backward, in its order
-        self._integers: Tensor | None = None  # of one chunk
         self.set_scales(scales)
 
     @property
@@ -84,13 +89,18 @@ class FixedPointSums(GradientSums):
             if only is not None:
                 self._complete = frozenset()
 
-    def _run_backward(self, loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
-        self._collects = True
-        try:
-            super()._run_backward(loss, inputs, retain_graph=retain_graph)
-            self._add_small()
-        finally:
-            self._collects = False
+    def _run_backward(
+        self, loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool, parameters: Sequence[Tensor] = ()
+    ) -> None:
+        del parameters  # no gradient is changed in place
+        super()._run_backward(loss, inputs, retain_graph=retain_graph)
+        self._add_small()
+
+    @contextmanager
+    def adding(self) -> Iterator[tuple[Tensor, ...]]:
+        """Not supported: backwards of others would leave collected gradients behind."""
+        raise NotImplementedError("reproducible sums take backwards by backward() only")
+        yield ()
 
     def _move_to_store(self, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -102,7 +112,7 @@ class FixedPointSums(GradientSums):
                 "a gradient is sparse, and reproducible=True sums dense gradients: use embeddings with sparse=False."
             )
         if parameter not in self._complete and (size := gradient.numel()):
-            if size > SMALL or not self._collects or parameter in self._small:
+            if size > SMALL or parameter in self._small:  # a reentrant checkpoint adds a gradient in parts
                 self._add(parameter, gradient.detach())
             else:
                 self._small[parameter] = gradient.detach()
@@ -112,25 +122,35 @@ class FixedPointSums(GradientSums):
         parameter.grad = None
 
     def _add(self, parameter: Tensor, gradient: Tensor) -> None:
-        """Add trunc(gradient · factor); overwrites the gradient."""
+        """Add trunc(gradient · factor). The gradient is not changed: it may be a view of memory that others read."""
         index = self._index[parameter]
         least, most = torch.aminmax(gradient)
         self._added.append((index, torch.maximum(most, least.neg_()).to(torch.float32)))  # NaN if any element is
-        gradient.mul_(self._factors[index])
-        if (total := self._totals.get(parameter)) is None:
-            self._totals[parameter] = gradient.to(torch.int64, memory_format=torch.contiguous_format)
-        elif not gradient.is_cpu or gradient.numel() <= CHUNK:
-            total.add_(gradient.to(torch.int64))
+        factor, total = self._factors[index], self._totals.get(parameter)
+        chunk = CPU_CHUNK if gradient.is_cpu else DEVICE_CHUNK
+        if gradient.numel() > chunk:
+            if is_new := total is None:
+                total = torch.empty_like(parameter, dtype=torch.int64, memory_format=torch.contiguous_format)
+            self._add_in_chunks(total.view(-1), gradient.reshape(-1), factor, chunk, is_new=is_new)
+            self._totals[parameter] = total
+            return
+        integers = gradient.mul(factor).to(torch.int64, memory_format=torch.contiguous_format)
+        if total is None:
+            self._totals[parameter] = integers
         else:
-            self._add_in_chunks(total.view(-1), gradient.reshape(-1))
+            total.add_(integers)
 
-    def _add_in_chunks(self, total: Tensor, gradient: Tensor) -> None:
-        if self._integers is None:
-            self._integers = torch.empty(CHUNK, dtype=torch.int64)
-        for start in range(0, gradient.numel(), CHUNK):
-            part = gradient[start : start + CHUNK]
-            integers = self._integers[: part.numel()]
-            total[start : start + CHUNK].add_(integers.copy_(part))
+    def _add_in_chunks(self, total: Tensor, gradient: Tensor, factor: float, chunk: int, *, is_new: bool) -> None:
+        """Add parts one after the other; nothing is allocated between them, so that all or none are added."""
+        scaled = gradient.new_empty(chunk)
+        integers = None if is_new else total.new_empty(chunk)
+        for start in range(0, gradient.numel(), chunk):
+            part, of_total = gradient[start : start + chunk], total[start : start + chunk]
+            product = torch.mul(part, factor, out=scaled[: part.numel()])
+            if integers is None:
+                of_total.copy_(product)
+            else:
+                of_total.add_(integers[: part.numel()].copy_(product))
 
     def _add_small(self) -> None:
         """Add the gradients that were collected; to all of their parameters, or to none if memory runs out."""
@@ -139,8 +159,9 @@ class FixedPointSums(GradientSums):
         parameters, gradients = list(self._small), list(self._small.values())
         indices = [self._index[parameter] for parameter in parameters]
         peaks = torch._foreach_norm(gradients, math.inf, dtype=torch.float32)
-        torch._foreach_mul_(gradients, [self._factors[index] for index in indices])
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])  # in the widest dtype of the gradients
+        self._added += zip(indices, peaks, strict=True)
+        products = torch._foreach_mul(gradients, [self._factors[index] for index in indices])
+        flat = torch.cat([product.reshape(-1) for product in products])  # in the widest dtype of the gradients
         parts = torch.split(flat.to(torch.int64), [gradient.numel() for gradient in gradients])
         integers = [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
         known = [
@@ -156,7 +177,6 @@ class FixedPointSums(GradientSums):
         if known:
             torch._foreach_add_(*map(list, zip(*known, strict=True)))
         self._totals.update(new)
-        self._added += zip(indices, peaks, strict=True)
         self._drop_small()
 
     def _drop_small(self) -> None:
@@ -171,8 +191,11 @@ class FixedPointSums(GradientSums):
         if indices in self._peaks:
             torch.maximum(self._peaks[indices], found, out=self._peaks[indices])  # NaN if either is
         else:
+            if len(self._peaks) == MOST_ORDERS:
+                everything = torch.tensor(self.peaks(), device=found.device)
+                self._peaks = {tuple(range(len(self.parameters))): everything}
             self._peaks[indices] = found
-        self._added.clear()  # last: if memory runs out above, a retry notes them
+        self._added.clear()  # last: if memory runs out above, `unchanged_since` notes them
 
     def peaks(self) -> list[float]:
         """Return the largest |g| of each parameter so far, NaN or infinity if one was; waits for the device."""
@@ -184,10 +207,10 @@ class FixedPointSums(GradientSums):
 
     def unchanged_since(self, versions: SumVersions) -> list[Tensor]:
         """Return the parameters that did not receive the gradient of a failed backward, as `GradientSums` does."""
-        self._note_peaks()
         self._drop_small()
         for parameter in self.parameters:
             parameter.grad = None  # written by autograd, but the hook had no memory to add it
+        self._note_peaks()
         return super().unchanged_since(versions)
 
     def fill_missing_with_zeros(self, wanted: Iterable[bool] | None = None) -> None:
@@ -219,3 +242,5 @@ class FixedPointSums(GradientSums):
         """Drop all sums, magnitudes and gradients."""
         super().clear()
         self._peaks.clear()
+        self._added.clear()
+        self._drop_small()

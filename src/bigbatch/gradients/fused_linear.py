@@ -41,7 +41,7 @@ class WeightSum(Protocol):
         """Add rows of a gradient at their places."""
 
     def add_whole(self, gradient: Tensor) -> None:
-        """Add a gradient of the weight, which may be written to from then on."""
+        """Add a gradient of the weight; it is not written to."""
 
     def add_compiled(self, output_gradient: Tensor, inputs: Tensor) -> None:
         """Add a gradient in compiled code, which cannot return it to autograd."""

@@ -170,7 +170,7 @@ class GradientSums:
         try:
             if self._fused is not None:
                 self._fused.begin_backward(loss, only, has_inner=bool(self._hides_leaves))
-            self._run_backward(loss, inputs, retain_graph=retain_graph)
+            self._run_backward(loss, inputs, retain_graph=retain_graph, parameters=self._trained)
             succeeded = True
         except RuntimeError:
             was_frozen = not all(map(_REQUIRES_GRAD, inputs))  # since the last backward: autograd did not start

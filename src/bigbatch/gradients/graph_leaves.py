@@ -13,6 +13,7 @@ from torch.autograd.graph import _engine_run_backward
 
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.foreign_writes import WindowHook
+from bigbatch.gradients.shared_memory import copy_shared
 
 HIDDEN_LATER = (
     "a micro-batch runs a reentrant checkpoint, or a hook with a backward of its own, and earlier ones did not: only "
@@ -67,17 +68,26 @@ def _are_ours(hooks: Any) -> bool:
     return all(isinstance(hook, WindowHook) for hook in hooks)
 
 
-def run_backward(loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
+def run_backward(
+    loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool, parameters: Sequence[Tensor] = ()
+) -> None:
     """Add ∂loss/∂leaf to the ``.grad`` of leaves, as `torch.autograd.backward` does.
 
     Args:
         loss: 0-d, requires a gradient.
         inputs: The leaves; all that the graph reaches if there are none.
         retain_graph: Whether the graph can be differentiated again.
+        parameters: Leaves whose gradients will be changed in place: new ones share their memory with no other tensor.
 
     Raises:
         WindowStateError: The graph contains reentrant checkpoints, which do not support ``inputs``.
     """
+    without = [parameter for parameter in parameters if parameter.grad is None]
+    _run_backward(loss, inputs, retain_graph=retain_graph)
+    copy_shared(without)
+
+
+def _run_backward(loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
     try:
         if type(loss) is not Tensor or loss.is_complex():
             torch.autograd.backward(loss, retain_graph=retain_graph, inputs=inputs or None)

@@ -25,7 +25,7 @@ def backward_with_leaves(loss: Tensor, sums: GradientSums, leaves: Sequence[Tens
         raise ValueError(NO_GRADIENT)
     hides = not sums.can_name_leaves or hides_leaves(loss, {*sums.parameters, *leaves})
     with sums.adding() as trained:
-        run_backward(loss, () if hides else (*trained, *leaves), retain_graph=False)
+        run_backward(loss, () if hides else (*trained, *leaves), retain_graph=False, parameters=(*trained, *leaves))
 
 
 def backward_inside(loss: Tensor, sums: GradientSums, trained: Sequence[Tensor]) -> None:
@@ -42,4 +42,4 @@ def backward_inside(loss: Tensor, sums: GradientSums, trained: Sequence[Tensor])
     if not loss.requires_grad:
         raise ValueError(NO_GRADIENT)
     hides = not sums.can_name_leaves or hides_leaves(loss, set(sums.parameters))
-    run_backward(loss, () if hides else trained, retain_graph=False)
+    run_backward(loss, () if hides else trained, retain_graph=False, parameters=trained)
