@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 import bigbatch
 from bigbatch.gradients import shared_memory
-from bigbatch.gradients.fixed_point_sums import SMALL, FixedPointSums
+from bigbatch.gradients.fixed_point_sums import CPU_CHUNK, SMALL, FixedPointSums
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.gradients.shared_memory import shares_memory
 
-SIZES = pytest.mark.parametrize("size", [6, 2 * SMALL], ids=["small", "large"])
+SIZES = pytest.mark.parametrize("size", [6, 2 * SMALL, 2 * CPU_CHUNK], ids=["small", "large", "in chunks"])
 
 
 class Added(nn.Module):

@@ -80,8 +80,6 @@ class FixedPointSums(GradientSums):
         """Add ∂loss/∂parameters to the sums, as `GradientSums.backward`."""
         if only is not None:
             self._complete = frozenset(self.parameters) - frozenset(only)
-        self._added.clear()
-        self._drop_small()
         try:
             super().backward(loss, retain_graph=retain_graph)
             self._note_peaks()
