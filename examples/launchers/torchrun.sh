@@ -3,6 +3,8 @@
 #
 #   HOST=10.0.0.1 NODES=2 ./torchrun.sh --data texts/ --model my-model/
 #
+# On hosts without GPUs, set PROCESSES to the number of processes on each: PROCESSES=2 HOST=... ./torchrun.sh ...
+#
 # HOST is one of the hosts, at an address that all of them reach. Only they may reach PORT: see "Who may reach the
 # rendezvous port" in docs/how-to/several-machines.md. A restart resumes the run from its last checkpoint.
 set -euo pipefail

@@ -5,12 +5,15 @@ import os
 import re
 import shutil
 import signal
+import socket
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bigbatch.cli import shared_output
 from bigbatch.lm.checkpoint import newest
 from bigbatch.lm.runs.lock import RunLock
 from support.command_line import files_below
@@ -350,3 +353,48 @@ def test_ranks_with_different_checkpoints_are_rejected(run_folder: RunFolder, al
         "rank 1 finds step-18 in alone, but rank 0 finds step-20: the run directory must be on a file system shared by "
         "all machines."
     )
+
+
+def away(run_folder: RunFolder) -> Path:
+    """Return another working directory, with the data and the model."""
+    other = run_folder.folder / "others" / "away"
+    other.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(run_folder.folder / "plain", other / "plain", dirs_exist_ok=True)
+    shutil.copy(run_folder.folder / "data.jsonl", other)
+    return other
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/cwd").exists(), reason="needs /proc, whose cwd is another one for each process"
+)
+def test_ranks_that_do_not_share_a_disk_are_refused(run_folder: RunFolder) -> None:
+    words = run_folder.words("/proc/self/cwd/unshared")
+    patch = all_of(impatient, on({2}, partial(elsewhere, away(run_folder))))
+    assert refused(run_folder, words, patch=patch) == (
+        f"rank 2: {socket.gethostname()} does not see the files of rank 0 in /proc/self/cwd, where "
+        "/proc/self/cwd/unshared would be: --out must be on a file system that all machines share."
+    )
+
+
+def impatient(_rank: int) -> None:
+    shared_output.PATIENCE_S = 0.5
+
+
+def test_ranks_with_other_run_directories_are_refused(run_folder: RunFolder) -> None:
+    assert refused(run_folder, run_folder.words("refused"), words_of={1: run_folder.words("others/refused")}) == (
+        "rank 1: --out is others/refused, and refused on rank 0: pass the same flags to every rank."
+    )
+
+
+def test_relative_run_directory_is_that_of_the_first_rank(run_folder: RunFolder) -> None:
+    steps = ["--steps", "2", "--parallel", "fsdp"]
+    run_folder.train("relative", 2, *steps, patch=on({1}, partial(elsewhere, away(run_folder))))
+    run_folder.train("usual", 2, *steps)
+    assert differing_results(run_folder.folder / "relative", run_folder.folder / "usual") == []
+    assert not (away(run_folder) / "relative").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_missing_gpus_are_reported_once(run_folder: RunFolder) -> None:
+    sentence = refused(run_folder, run_folder.words("refused", "--device", "cuda"))
+    assert re.fullmatch(r"--device cuda is not available: .*CUDA.*; use --device cpu\.", sentence), sentence

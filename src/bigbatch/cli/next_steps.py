@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from bigbatch.cli.torchrun import may_be_restarted
 from bigbatch.errors import InputError
 from bigbatch.lm.advice.batch_advice import advise
 from bigbatch.lm.advice.run_evidence import read_evidence
@@ -75,6 +76,12 @@ def guidance(run: "Run") -> Guidance:
 def resume_command(folder: Path) -> str:
     """Return the command that continues a run."""
     return f"bigbatch resume {shlex.quote(str(folder))}"
+
+
+def lines_to_continue(folder: Path) -> list[str]:
+    """Return how a run that a signal has stopped goes on."""
+    restarts = ["torchrun may start it again: to end the run, send the signal to torchrun itself"]
+    return [f"to continue: {resume_command(folder)}", *(restarts if may_be_restarted() else [])]
 
 
 def quoted(prompt: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bigbatch.cli import command_clock
 from bigbatch.cli.console import OutputConsole, TrainingDisplay, duration
 from bigbatch.cli.exit_codes import DONE, STOPPED
-from bigbatch.cli.next_steps import resume_command, same_job, suggested_commands
+from bigbatch.cli.next_steps import lines_to_continue, same_job, suggested_commands
 from bigbatch.cli.signals import stop_on_signals
 from bigbatch.cli.torchrun import WatchdogCallback, watchdog
 from bigbatch.errors import InputError
@@ -85,7 +85,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
     if not outcome.finished:
         by = stop.signal or "a signal to another rank"
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
-        console.print_unbroken(f"to continue: {resume_command(directory.path)}")
+        console.print_unbroken(*lines_to_continue(directory.path))
     if outcome.stopped_early:
         count = plural(setup.config.early_stopping or 0, "validation")
         console.print(
@@ -98,6 +98,7 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
     for line in final_lines(config, directory, outcome, is_best=setup.config.resolved_keep == "best"):
         console.print(line)
     console.print_unbroken(*next_lines(config, directory, setup, finished=outcome.finished))
+    ranks.all_gather(None)  # torchrun ends all processes when the first one has exited
     return DONE if outcome.finished else STOPPED
 
 
@@ -147,7 +148,9 @@ def disable_unsupported_segments(device: str) -> None:
         torch.empty(1, device="cuda" if device == "auto" else device)
     except torch.OutOfMemoryError:
         return
-    except RuntimeError:  # "operation not supported"
+    except RuntimeError as error:
+        if "not supported" not in str(error):
+            return  # reported where the device is looked for
         memory: Any = torch.cuda.memory
         memory._set_allocator_settings("expandable_segments:False")
         del os.environ[ALLOCATORS[0]]

@@ -42,13 +42,14 @@ def process_group(config: TrainConfig) -> "Iterator[RankContext]":
     """Initialize the process group of the run and destroy it on exit. Without torchrun: one rank and no group.
 
     Raises:
-        InputError: torchrun started more processes than there are devices.
+        InputError: torchrun started more processes than there are devices, or another launcher started them.
         BigbatchError: The processes cannot connect to each other, or one was lost.
     """
     from bigbatch.lm.distributed.ranks import SINGLE_PROCESS, RankContext
 
     size = launched_size()
     if size == 1:
+        _check_not_launched()
         yield SINGLE_PROCESS
         return
     import torch.distributed as dist
@@ -69,6 +70,16 @@ def process_group(config: TrainConfig) -> "Iterator[RankContext]":
         dist.destroy_process_group()
 
 
+def _check_not_launched() -> None:
+    """Refuse to be one of several processes that another launcher started: each would train by itself."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        raise InputError(
+            f"the environment sets WORLD_SIZE={size}, but torchrun did not start this process: start the processes of "
+            "a run with torchrun, or unset WORLD_SIZE to train with one process."
+        )
+
+
 def _set_local_device(config: TrainConfig) -> bool:
     """Select the CUDA device of this process's local rank; return False if the run does not use CUDA."""
     import torch
@@ -76,6 +87,8 @@ def _set_local_device(config: TrainConfig) -> bool:
     if not (config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())):
         return False
     local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if not num_devices:
+        return False  # refused where the device is looked for, once for all ranks
     if local_rank >= num_devices:
         raise InputError(
             f"torchrun started a process with local rank {local_rank}, but this machine has only {num_devices} CUDA "

@@ -4,7 +4,8 @@ Passing ``inputs=`` to autograd leaves every other leaf without a gradient, what
 supported by reentrant checkpoints, and it leaves out hooks that run a backward of their own: `hides_leaves` finds both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch.autograd.graph import _engine_run_backward
 
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.foreign_writes import WindowHook
-from bigbatch.gradients.shared_memory import copy_shared
 
 HIDDEN_LATER = (
     "a micro-batch runs a reentrant checkpoint, or a hook with a backward of its own, and earlier ones did not: only "
@@ -84,7 +84,7 @@ def run_backward(
     """
     without = [parameter for parameter in parameters if parameter.grad is None]
     _run_backward(loss, inputs, retain_graph=retain_graph)
-    copy_shared(without)
+    _copy_shared(without)
 
 
 def _run_backward(loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
@@ -107,3 +107,33 @@ def _run_backward(loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool)
         if not inputs or "use_reentrant" not in str(error):
             raise
         raise WindowStateError(HIDDEN_LATER) from error
+
+
+def shares_memory(tensor: Tensor) -> bool:
+    """Return whether anything else refers to the memory of a dense tensor; False for tensors of other types."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided:
+        return False
+    return _count_references(tensor) > _references_of_one()
+
+
+def _copy_shared(parameters: Iterable[Tensor]) -> None:
+    """Copy gradients that share memory with another tensor, whose value would change with them.
+
+    Autograd stores a gradient without a copy if nothing else refers to the tensor; views of its memory do not count.
+    With ``x + (p[None] + q[None])`` the gradients of p and q are views of the same memory, and each division of one
+    divides both.
+    """
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None and shares_memory(gradient):
+            parameter.grad = None  # first: if there is no memory for a copy, the gradient is computed again
+            parameter.grad = gradient.clone()
+
+
+def _count_references(tensor: Tensor) -> int:
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # as torch does for its CUDA graphs
+    return count
+
+
+@cache
+def _references_of_one() -> int:
+    return _count_references(torch.empty(0))

@@ -70,7 +70,8 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
                 stack.enter_context(RunLock(path))
         changes_kernels = "deterministic" in overrides.model_fields_set and not stored.reproducible
         enable_determinism(overrides if changes_kernels else stored)
-        disable_unsupported_segments((overrides if "device" in overrides.model_fields_set else stored).device)
+        of_device = overrides if "device" in overrides.model_fields_set else stored
+        disable_unsupported_segments(with_local_device(of_device, ranks).device)
         with fail_together(ranks, "resume"), progress_display(console) as progress:
             progress("looking for the newest checkpoint")
             from bigbatch.lm.checkpoint.run_checkpoint import load

@@ -16,6 +16,7 @@ from bigbatch.cli.session import (
     summary_lines,
     train,
 )
+from bigbatch.cli.shared_output import shared_path
 from bigbatch.cli.torchrun import (
     fail_together,
     is_restarted,
@@ -52,27 +53,26 @@ def run(config: TrainConfig) -> int:
                 raise InputError(
                     "torchrun may restart this run, and a restart must find the same directory: pass --out."
                 )
-        if _must_resume(config, ranks):
+        path = shared_path(config.out, str(default_path(config.model, config.data)), ranks)
+        if _must_resume(path, ranks):
             from bigbatch.cli.commands.resume import resume
 
-            assert config.out is not None, "the run directory exists"
-            return resume(config, ResumeOptions(run=config.out), ranks)
-        return _run(config, ranks)
+            return resume(config, ResumeOptions(run=path), ranks)
+        return _run(config, path, ranks)
 
 
-def _must_resume(config: TrainConfig, ranks: "RankContext") -> bool:
+def _must_resume(path: Path, ranks: "RankContext") -> bool:
     """Return whether this is a restart of an existing run. Collective: torchrun counts restarts per machine."""
     restarted = any(ranks.all_gather(is_restarted()))
-    exists: bool = ranks.broadcast(config.out is not None and (config.out / CONFIG).exists())
+    exists: bool = ranks.broadcast((path / CONFIG).exists())
     return restarted and exists
 
 
-def _run(config: TrainConfig, ranks: "RankContext") -> int:
+def _run(config: TrainConfig, path: Path, ranks: "RankContext") -> int:
     console = make_console(quiet=not ranks.is_first)
     config = with_local_device(config, ranks)
     enable_determinism(config)
     disable_unsupported_segments(config.device)
-    path = Path(ranks.broadcast(str(config.out or default_path(config.model, config.data))))
     with fail_together(ranks, "train"):
         check_log(config.log)
         if ranks.is_first:
