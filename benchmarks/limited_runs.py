@@ -49,7 +49,7 @@ LENGTHS = 5.55, 0.8  # mean and deviation of the logarithm of the tokens of a do
 class Run:
     """One run and what it printed and measured; None where it did not get so far.
 
-    ``phases`` has the seconds after which the run said what it does next.
+    ``phases`` has, for each line about what the run does next, the seconds from its start.
     """
 
     memory: str

@@ -7,7 +7,7 @@
 
 Cost: the workloads are those of `bigbatch bench`, their samples in the order in which they are generated, as training
 has them, so that quanta have about as many tokens each. Both engines run equal models and the same samples in
-alternation, and the default engine has the micro-batch of the quantum, so that both run the same forwards and
+alternation, and the default engine has micro-batches as large as the quantum, so that both run the same forwards and
 backwards: the ratio is that of the medians. Both run compiled layers, and the reproducible engine once more (``eager``)
 the layers as they are; with ``--compile none`` all are eager. On a CPU, times are process times of one thread, which
 exclude other processes.

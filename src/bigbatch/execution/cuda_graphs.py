@@ -46,7 +46,7 @@ class CudaGraphRunner(MicrobatchRunner):
 
     The first window runs by the fallback, and shows which parameters receive a gradient. So does the first micro-batch
     of each variant of the backward, which compiles what the others need; the graphs of earlier variants are dropped
-    before it, and captured again, because no other memory can be allocated from that of graphs. They are
+    before it, and captured again, because nothing else can use the memory of graphs. They are
     also dropped if memory runs out in a micro-batch that is not replayed.
 
     Args:

@@ -62,7 +62,7 @@ def predict_update(engine: Engine, tokens: float, checkpointing: CheckpointingMo
     if not link.to_card or (link_rate := measure_link_rate(engine.accumulator.device)) is None:
         return None
     num_microbatches, recomputed = math.ceil(tokens / choice.size), RECOMPUTED_LAYERS[checkpointing]
-    microbatch_s = choice.timing.of(choice.size)  # with the wait for sums: the longer of the two
+    microbatch_s = choice.timing.of(choice.size)  # the wait for sums included
     without_wait_s = (microbatch_s - link.per_microbatch / link_rate) / (1 - BACKWARD_SHARE)
     compute_s = tokens / choice.per_s * max(0.0, min(1.0, without_wait_s / microbatch_s))
     backward_s = compute_s / num_microbatches * (2 + recomputed) / (3 + recomputed)

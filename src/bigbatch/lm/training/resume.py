@@ -203,7 +203,7 @@ def run_facts(setup: TrainingSetup) -> dict[str, Any]:
         **({PASSED: dict(setup.passed)} if setup.passed else {}),
         **({COMPILED: setup.model_setup.has_compiled_layers} if setup.config.reproducible else {}),
     }
-    SavedFacts.model_validate(facts)  # or no checkpoint of the run could be read
+    SavedFacts.model_validate(facts)  # refused now: a checkpoint with other facts could not be read later
     return facts
 
 
