@@ -2,8 +2,8 @@
 
     take(i): stream waits for the copy of i → collate, pin and start copying micro-batch i + 1 → return i
 
-Without looking ahead, micro-batch i itself is collated and copied then. On other devices, and if the batch is already on
-the device, nothing is prefetched.
+Without looking ahead, micro-batch i itself is collated and copied then. On other devices, and if the batch is already
+on the device, nothing is prefetched.
 """
 
 from collections.abc import Collection, Iterator, Sequence

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from bigbatch.cli import main
+from bigbatch.lm.training.trainer import Trainer
 from support.command_line import LIMIT_S, SENTENCE, cold_command, command, completed, files_below, running
 from support.forked_processes import ForkedProcess, script, wait_for
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
@@ -95,6 +97,25 @@ def test_repeated_command_numbers_its_folder(folder: Path, base: Path) -> None:
     words = ["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "1", "--microbatch", "8"]
     assert main(words) == main(words) == 0
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["small-data", "small-data-2"]
+
+
+def test_folder_that_another_run_takes_meanwhile_is_left_alone(
+    folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepare = Trainer.prepare
+
+    def take(trainer: Trainer, path: Path, **how: Any) -> None:
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+        prepare(trainer, path, **how)
+
+    monkeypatch.setattr(Trainer, "prepare", take)
+    assert main(["train", "--data", "../data.jsonl", "--model", str(base), "--steps", "1"]) == 2
+    (path,) = (folder / "runs").iterdir()
+    assert capfd.readouterr().err == (
+        f"bigbatch train: runs/{path.name} was free when this run started, and is not any more: pass --out.\n"
+    )
+    assert [each.name for each in path.iterdir()] == ["config.json"]
 
 
 def test_settings_file_runs_like_flags(folder: Path, base: Path) -> None:

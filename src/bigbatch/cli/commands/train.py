@@ -109,6 +109,8 @@ def _run(config: TrainConfig, path: Path, ranks: "RankContext") -> int:
         directory: RunDirectory = ReadOnlyRunDirectory(path)
         with fail_together(ranks, "train"):
             if ranks.is_first:
+                if config.out is None and path.exists():
+                    raise InputError(f"{path} was free when this run started, and is not any more: pass --out.")
                 directory = RunDirectory.create(path, setup.config.model_dump(mode="json") | chosen.asked)
                 chosen.save(path)
                 directory.record_facts(trainer.initial_facts)
