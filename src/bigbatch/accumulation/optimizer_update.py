@@ -21,6 +21,7 @@ from bigbatch.accumulation.optimizer_step import OptimizerStep
 from bigbatch.accumulation.parameter_places import ParameterPlaces
 from bigbatch.accumulation.update_outcome import NO_ITEMS, GradientHook, NonFinite, UpdateOutcome, skip_or_raise
 from bigbatch.errors import NonFiniteError, WindowStateError
+from bigbatch.gradients.foreign_writes import check_same_parameters
 from bigbatch.gradients.gradient_sums import GradientSums
 from bigbatch.offload.levels import Offload, check_master
 from bigbatch.offload.optimizer_offload import offload_optimizers
@@ -149,7 +150,7 @@ class OptimizerUpdate:
     def check_parameters(self, sums: GradientSums) -> None:
         """Raise a WindowStateError if the parameters of sums are not those of optimizers and model any more."""
         if self.optimizers:
-            sums.check_parameters(self.parameters())
+            check_same_parameters(sums.parameters, self.parameters())
         self._check_places(lambda: sums.parameters)
 
     def _check_places(self, parameters: Callable[[], Sequence[Tensor]]) -> None:

@@ -21,6 +21,7 @@ from bigbatch.distributed.overlap_choice import sizes_of
 from bigbatch.errors import WindowStateError
 from bigbatch.gradients.foreign_writes import WindowHook, on_accumulated
 from bigbatch.gradients.gradient_sums import GradientSums
+from bigbatch.gradients.graph_leaves import shares_memory
 
 
 class OverlappedReduction:
@@ -55,6 +56,7 @@ class OverlappedReduction:
 
     def begin(self) -> None:
         """Send buckets from now on; collective until `finish` or `send_nan`."""
+        self._sums.share_memory()
         trained = (parameter for parameter in self._bucket_of if parameter.requires_grad)
         hooked = [parameter for parameter in trained if not self._sums.adds_late(parameter)]
         self._handles = [on_accumulated(parameter, WindowHook(self._on_gradient, parameter)) for parameter in hooked]
@@ -88,6 +90,9 @@ class OverlappedReduction:
             self._zeros[parameter] = total
         elif total.is_sparse:
             raise TypeError("a gradient is sparse, and cannot be reduced within backward.")
+        elif shares_memory(total):
+            total = total.clone()
+            self._sums.store.set(parameter, total)
         return total
 
     def finish(self) -> None:

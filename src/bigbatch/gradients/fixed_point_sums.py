@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bigbatch.gradients.foreign_writes import SumVersions, WindowHook, on_accumulated
 from bigbatch.gradients.gradient_sums import HALF_PRECISION_DTYPES, GradientSums
+from bigbatch.gradients.graph_leaves import run_backward
 from bigbatch.gradients.sum_store import SumStore
 
 CPU_CHUNK, DEVICE_CHUNK = 2**16, 2**24
@@ -87,11 +88,8 @@ class FixedPointSums(GradientSums):
             if only is not None:
                 self._complete = frozenset()
 
-    def _run_backward(
-        self, loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool, parameters: Sequence[Tensor] = ()
-    ) -> None:
-        del parameters  # no gradient is changed in place
-        super()._run_backward(loss, inputs, retain_graph=retain_graph)
+    def _run_backward(self, loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
+        run_backward(loss, inputs, retain_graph=retain_graph)  # no gradient is changed in place
         self._add_small()
 
     @contextmanager

@@ -12,7 +12,7 @@ Long because every kind of write is detected here.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, NoReturn, TypeAlias
 from weakref import WeakMethod, ref
@@ -225,6 +225,15 @@ class ForeignWrites:
 
     def _name(self, index: int) -> str:
         return f"parameter {index + 1} of {len(self._parameters)}, of shape {tuple(self._parameters[index].shape)}"
+
+
+def check_same_parameters(before: Sequence[Tensor], now: Sequence[Tensor]) -> None:
+    """Raise a WindowStateError if the parameters of an optimizer are not those that it had when the window opened."""
+    if len(before) != len(now) or not all(map(is_, before, now)):
+        raise WindowStateError(
+            f"the optimizer had {len(before)} parameters when the window opened and has {len(now)} now, not all the "
+            "same ones. Call add_param_group between two windows."
+        )
 
 
 class WindowHook:

@@ -10,7 +10,7 @@ Long because every rule about ``.grad`` is here: dtypes, hooks, retries, sparse 
 import math
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from operator import attrgetter, is_
+from operator import attrgetter
 from types import TracebackType
 from typing import Self
 from weakref import finalize
@@ -47,8 +47,6 @@ class GradientSums:
         store: Where sums are; by default on the device. Layers that add by themselves use it.
     """
 
-    _run_backward = staticmethod(run_backward)
-
     def __init__(
         self,
         parameters: Iterable[Tensor],
@@ -65,7 +63,7 @@ class GradientSums:
         self._observer: BackwardObserver | None = None
         self._fused: FusedGradients | None = None
         self._hides_leaves: bool | None = True if parameters_are_wrapped else None  # None until the first backward
-        self._adding = self._is_paused = self._has_begun = False
+        self._adding = self._is_paused = self._has_begun = self._is_shared = False
         self._trained: tuple[Tensor, ...] = ()  # parameters that required a gradient in the last backward
         self._frozen: tuple[Tensor, ...] = ()  # all others
         self._hooked: set[int] = set()  # their ids
@@ -170,7 +168,7 @@ class GradientSums:
         try:
             if self._fused is not None:
                 self._fused.begin_backward(loss, only, has_inner=bool(self._hides_leaves))
-            self._run_backward(loss, inputs, retain_graph=retain_graph, parameters=self._trained)
+            self._run_backward(loss, inputs, retain_graph=retain_graph)
             succeeded = True
         except RuntimeError:
             was_frozen = not all(map(_REQUIRES_GRAD, inputs))  # since the last backward: autograd did not start
@@ -195,6 +193,10 @@ class GradientSums:
             if num_added:
                 raise WindowStateError(HIDDEN_LATER)
             self.backward(loss, retain_graph=retain_graph)  # nothing of the graph was used
+
+    def _run_backward(self, loss: Tensor, inputs: Sequence[Tensor], *, retain_graph: bool) -> None:
+        copied = () if self._is_shared else self._trained
+        run_backward(loss, inputs, retain_graph=retain_graph, parameters=copied)
 
     @contextmanager
     def adding(self) -> Iterator[tuple[Tensor, ...]]:
@@ -226,13 +228,9 @@ class GradientSums:
         moved = new if self.store.moves_all else [p for p in new if p.dtype in HALF_PRECISION_DTYPES]
         self._handles += [on_accumulated(p, WindowHook(self._move_to_store, p)) for p in moved]
 
-    def check_parameters(self, parameters: Sequence[Tensor]) -> None:
-        """Raise a WindowStateError if the parameters of the optimizer are not those of these sums any more."""
-        if len(parameters) != len(self.parameters) or not all(map(is_, parameters, self.parameters)):
-            raise WindowStateError(
-                f"the optimizer had {len(self.parameters)} parameters when the window opened and has {len(parameters)} "
-                "now, not all the same ones. Call add_param_group between two windows."
-            )
+    def share_memory(self) -> None:
+        """Let another object refer to gradients within backwards, until `clear`; it copies those that share memory."""
+        self._is_shared = True
 
     @property
     def shows_leaves(self) -> bool:
@@ -346,5 +344,6 @@ class GradientSums:
             self.store.settle(discards=True)
         self.store.float32.clear()
         self._writes.reset()
+        self._is_shared = False
         for parameter in self.parameters:
             parameter.grad = None

@@ -14,7 +14,7 @@ def check_reproducible(config: TrainFields) -> None:
     Raises:
         PydanticCustomError: There is such a setting.
     """
-    if config.precision in ("fp16", "float64"):
+    if config.precision == "fp16":
         raise PydanticCustomError(
             "unsupported",
             "{first} adds gradients in float32 or bfloat16, not those of {second} {precision}: use bf16 or float32",
