@@ -85,8 +85,21 @@ class Heads(ref.TokenModel):
         return self.other(torch.tanh(self.hidden(self.norm(self.embedding(tokens)))))
 
 
+class Shifted(ref.TokenModel):
+    """Has two parameters whose gradients are views of the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.more = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.norm(self.embedding(tokens)) + (self.shift[None] + self.more[None])
+        return self.head(torch.tanh(self.hidden(hidden)))
+
+
 MODELS = {
     **updates_cases.KINDS,
+    "shifted": Shifted,
     "dropping": Dropping,
     "checkpointed": Checkpointed,
     "tied later": TiedLater,
