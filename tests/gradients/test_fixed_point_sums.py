@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import permutations
 from unittest.mock import Mock
 
 import pytest
@@ -185,6 +186,15 @@ def test_nan_stays_whatever_other_parameters_later_backwards_reach():
             sums.backward(sum((number * p).sum() for p in used))
         assert sums.peaks() == [pytest.approx(math.nan, nan_ok=True), 39.0, 39.0, 32.0]
         assert len(sums._peaks) <= MOST_ORDERS
+
+
+def test_peaks_stay_when_the_order_of_all_parameters_comes_last():
+    sums = FixedPointSums([nn.Parameter(torch.ones(2)) for _ in range(4)], scales=[20] * 4)
+    orders = [order for order in permutations(range(4)) if order != (0, 1, 2, 3)][:MOST_ORDERS]
+    for order, value in [*((order, 5.0) for order in orders), ((0, 1, 2, 3), 1.0)]:
+        sums._added = [(index, torch.tensor(value)) for index in order]
+        sums._note_peaks()
+    assert sums.peaks() == [5.0] * 4
 
 
 @DEVICES

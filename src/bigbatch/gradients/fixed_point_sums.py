@@ -184,12 +184,12 @@ class FixedPointSums(GradientSums):
             return
         indices, peaks = zip(*self._added, strict=True)
         found = torch.stack(peaks)
-        if indices in self._peaks:
+        if indices not in self._peaks and len(self._peaks) == MOST_ORDERS:
+            everything = torch.tensor(self.peaks(), dtype=torch.float32, device=found.device)
+            self._peaks = {tuple(range(len(self.parameters))): everything}
+        if indices in self._peaks:  # also if it is the order of all parameters
             torch.maximum(self._peaks[indices], found, out=self._peaks[indices])  # NaN if either is
         else:
-            if len(self._peaks) == MOST_ORDERS:
-                everything = torch.tensor(self.peaks(), device=found.device)
-                self._peaks = {tuple(range(len(self.parameters))): everything}
             self._peaks[indices] = found
         self._added.clear()  # last: if memory runs out above, `unchanged_since` notes them
 
