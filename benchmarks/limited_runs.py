@@ -11,8 +11,9 @@ tokens, or so many times that, of documents cut from the files of Python's stand
 Each run is a process of its own and ends, without saving anything, after ``--updates`` updates or ``--limit`` seconds.
 The runs share caches that are empty at first: the first run is a first start, but for the files that the operating
 system has read. Two equal runs also share the micro-batch that the first one chose. Seconds and tokens/s are medians
-from the third update on; *peak* is the highest memory of torch's allocator since the micro-batch was chosen; *failed*
-are attempts that ran out of memory and were repeated.
+from the third update on; *planned* are the seconds that the level of offload was chosen by, before anything is run, and
+*predicted* those after micro-batches were timed; *peak* is the highest memory of torch's allocator since the size of
+micro-batches was chosen; *failed* are attempts that ran out of memory and were repeated.
 """
 
 import argparse
@@ -57,6 +58,7 @@ class Run:
     level: str
     recomputed: str
     size: int | None
+    planned_s: float | None
     predicted_s: float | None
     predicted_gib: float | None
     first_s: float | None
@@ -187,7 +189,8 @@ def read_run(log: str, phases: Mapping[str, float], out: Path, memory: str, wind
         level[1] if level else "none",
         {"all layers": "all", "every second layer": "half"}[recomputed[1]] if recomputed else "none",
         None if size is None else int(size),
-        number(r"about ([\d.]+) s an update"),
+        number(r"chosen by auto: .*about ([\d.]+) s an update"),
+        number(r"(?m)^about ([\d.]+) s an update"),
         number(r"peak ([\d.]+) GiB of [\d.]+ GiB"),
         60.0 * int(first[1] or 0) + int(first[2]) if first else None,
         phases,
@@ -207,7 +210,8 @@ def line_of(run: Run, base: Run | None) -> str:
     failed = sum(row.get("retries", 0) for row in run.rows)
     return (
         f"{run.windows:>6} {run.memory:>8} {run.level:>10} {run.recomputed:>10} {text(run.size, ','):>8} "
-        f"{text(run.predicted_s, '.2f'):>10} {text(run.seconds, '.2f'):>9} {text(speed, ',.0f'):>9} "
+        f"{text(run.planned_s, '.2f'):>8} {text(run.predicted_s, '.2f'):>10} "
+        f"{text(run.seconds, '.2f'):>9} {text(speed, ',.0f'):>9} "
         f"{text(share, '.3f'):>9} {text(run.predicted_gib, '.1f'):>10} "
         f"{text(peak and peak / GIB, '.2f'):>6} {failed:>7} {text(run.first_s, '.0f'):>7}"
     )
@@ -230,8 +234,9 @@ def main() -> None:
     name = "CPU" if options.dry else torch.cuda.get_device_name()
     lines = [
         f"{name}, torch {torch.__version__}, model {options.model}, offload {options.offload}",
-        f"{'window':>6} {'memory':>8} {'offload':>10} {'recomputed':>10} {'tokens':>8} {'predicted':>10} {'s':>9} "
-        f"{'tokens/s':>9} {'of none':>9} {'predicted':>10} {'peak':>6} {'failed':>7} {'first s':>7}",
+        f"{'window':>6} {'memory':>8} {'offload':>10} {'recomputed':>10} {'tokens':>8} {'planned':>8} "
+        f"{'predicted':>10} {'s':>9} {'tokens/s':>9} {'of none':>9} {'predicted':>10} {'peak':>6} "
+        f"{'failed':>7} {'first s':>7}",
     ]
     print("\n".join(lines), flush=True)
     details: list[str] = []

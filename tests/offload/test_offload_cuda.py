@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import mmap
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import bigbatch
+from bigbatch.errors import MemoryLimitError
 from bigbatch.offload import streamed_optimizer, sum_streamer
 from bigbatch.offload.link_rate import measure_link_rate
 from bigbatch.offload.transfers import CudaTransfers
@@ -100,6 +102,17 @@ def test_memory_is_pinned_until_no_tensor_in_it_is_left():
     del part
     gc.collect()
     assert not is_registered(address, num_bytes)
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_behind(monkeypatch: pytest.MonkeyPatch):
+    """CUDA would report the failure again with the next kernel, which may be one that works."""
+    pages = mmap.mmap(-1, MIB)
+    monkeypatch.setattr(mmap, "mmap", lambda *_: pages)  # so that the same memory is pinned twice
+    transfers = CudaTransfers(torch.device("cuda", 0))
+    held = transfers.host_memory(MIB)
+    with pytest.raises(MemoryLimitError, match=r"1.0 MiB of host memory .* \(cudaHostRegister returned"):
+        transfers.host_memory(MIB)
+    assert float((held[:4].cuda() + 1).sum()) == 4
 
 
 def test_state_dict_does_not_allocate_on_device():

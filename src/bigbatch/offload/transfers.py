@@ -11,7 +11,7 @@ process, and every copy is made at once: the same calls in the same order.
 import mmap
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,9 +141,12 @@ class CudaTransfers(Transfers):
         except (OSError, ValueError) as error:  # ValueError: a length that is not representable
             raise MemoryLimitError(_no_host_memory(num_bytes, str(error))) from error
         memory = torch.frombuffer(pages, dtype=torch.uint8)
+        memory[:: mmap.PAGESIZE].zero_()  # the threads of torch make the pages: registration makes one after the other
         with torch.cuda.device(self.device):
             status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
         if status:
+            with suppress(RuntimeError):
+                torch.zeros(1, device=self.device)  # CUDA reports the failure once more, with the next kernel
             raise MemoryLimitError(_no_host_memory(num_bytes, f"cudaHostRegister returned {status}"))
         weakref.finalize(pages, _unregister, memory.data_ptr()).atexit = False
         return memory
