@@ -27,6 +27,16 @@ def launched_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
+def sharding_note(config: TrainConfig, size: int) -> str | None:
+    """Return that a single process has nothing to shard the model over; None if nothing was to be sharded."""
+    if config.parallel == "ddp" or size > 1:
+        return None
+    return (
+        f"--parallel {config.parallel} shards nothing in a single process, which holds the whole model. Several are "
+        "started with torchrun --nproc-per-node N -m bigbatch train"
+    )
+
+
 def is_restarted() -> bool:
     """Return whether torchrun has restarted the processes after a failure."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,19 @@ def test_token_budget_is_reported_and_saved(folder: Path, capfd: pytest.CaptureF
     assert not (folder / "run" / "microbatch.json").exists()
     config = json.loads((folder / "run" / "config.json").read_text(encoding="utf-8"))
     assert (config["token_budget"], config["microbatch"], config["gradient_checkpointing"]) == (64, None, "full")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "hsdp"])
+def test_single_process_says_that_it_shards_nothing(folder: Path, kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    line = (
+        f"\n--parallel {kind} shards nothing in a single process, which holds the whole model. Several are started "
+        "with torchrun --nproc-per-node N -m bigbatch train\n"
+    )
+    assert line in trained(capfd, "--parallel", kind, "--microbatch", "4", "--out", "run")
+    for written in ("model", "checkpoints"):
+        shutil.rmtree(folder / "run" / written)
+    assert main(["resume", "run"]) == 0
+    assert line in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

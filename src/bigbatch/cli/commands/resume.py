@@ -18,7 +18,7 @@ from bigbatch.cli.session import (
     summary_lines,
     train,
 )
-from bigbatch.cli.torchrun import fail_together, process_group, reject_together, with_local_device
+from bigbatch.cli.torchrun import fail_together, process_group, reject_together, sharding_note, with_local_device
 from bigbatch.errors import InputError
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.config.validation_sets import check_named_paths, sources_of
@@ -98,7 +98,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             from bigbatch.lm.training.trainer import Trainer
 
             quiet_libraries()
-            threads_note = share_threads(cpu_cores(), ranks.local_size)
+            notes = [share_threads(cpu_cores(), ranks.local_size), sharding_note(config, ranks.size)]
             before = read_identity(path).facts if checkpoint is None else checkpoint.facts
             from bigbatch.lm.data.sampling_order import sampling_order_of
 
@@ -123,7 +123,7 @@ def resume(overrides: TrainConfig, options: ResumeOptions, ranks: "RankContext")
             trainer.prepare(path, progress=progress)
         replaced = () if checkpoint is None else notes_of_new_model(setup.config)  # the weights are the checkpoint's
         for line in (
-            *(note for note in (threads_note, offload_note, chosen.sentence) if note is not None),
+            *(note for note in (*notes, offload_note, chosen.sentence) if note is not None),
             *(note for note in setup.notes if note not in replaced),
             parameters_line(setup.model),
             *(summary_lines(trainer) if checkpoint is None else ()),

@@ -23,6 +23,7 @@ from bigbatch.cli.torchrun import (
     may_be_restarted,
     process_group,
     reject_together,
+    sharding_note,
     with_local_device,
 )
 from bigbatch.errors import InputError
@@ -83,7 +84,7 @@ def _run(config: TrainConfig, path: Path, ranks: "RankContext") -> int:
         from bigbatch.lm.training.setup import set_up_training, with_fp8_gradient
 
         quiet_libraries()
-        threads_note = share_threads(cpu_cores(), ranks.local_size)
+        notes = [share_threads(cpu_cores(), ranks.local_size), sharding_note(config, ranks.size)]
         config, offload_note = with_chosen_offload(config, ranks, progress=progress)
         chosen = with_chosen_microbatch(config, ranks, progress=progress)
         setup = set_up_training(chosen.config.model_copy(update={"out": path}), ranks=ranks, progress=progress)
@@ -96,7 +97,7 @@ def _run(config: TrainConfig, path: Path, ranks: "RankContext") -> int:
         origin = trainer.tune(cache=path, progress=progress)
         trainer.prepare(path, progress=progress)
     for line in (
-        *(note for note in (threads_note, offload_note, chosen.sentence) if note is not None),
+        *(note for note in (*notes, offload_note, chosen.sentence) if note is not None),
         *setup.notes,
         parameters_line(setup.model),
         *optimizer_notes(setup.model, setup.config),
