@@ -42,15 +42,18 @@ class ObjectState:
 
     Args:
         parameters: Whether the values of parameters are copied. If not, only ``parameter.data = ...`` is undone.
+        left: Objects that are left as they are, with what hangs on them alone.
 
     Attributes:
         modules: The modules that were found.
         tensors: The tensors that were found.
     """
 
-    def __init__(self, *, parameters: bool = True) -> None:
+    def __init__(self, *, parameters: bool = True, left: Iterable[Any] = ()) -> None:
         self._parameters = parameters
-        self._seen: dict[int, Any] = {}  # also keeps the objects alive, so that no other one gets the same id
+        self._seen: dict[int, Any] = {
+            id(value): value for value in left
+        }  # also keeps the objects alive, so that no other one gets the same id
         self._steps: list[Callable[[], None]] = []
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []

@@ -1,11 +1,13 @@
 """Weighted micro-batches have the gradient of the whole batch, in the Trainer's own loop."""
 
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import exact, weights
@@ -154,4 +156,108 @@ def test_loss_that_requires_a_number_of_items_is_refused(tmp_path: Path):
     assert str(caught.value) == (
         "compute_loss of OverNumber failed without num_items_in_batch (unsupported operand type(s) for /: 'Tensor' and "
         "'NoneType'), and weights() calls it so: return the mean over the micro-batch if num_items_in_batch is None."
+    )
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Samples of unknown number."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        return iter(self.samples)
+
+
+def test_stream_that_ends_within_a_window_continues_it(tmp_path: Path):
+    """The Trainer makes no update there, and keeps the gradient."""
+    samples = cases.samples(20)  # windows of 12: one, and 8 samples that no update follows
+    trainer, recorder = cases.make(tmp_path, dataset=Stream(samples), max_steps=4)
+    weights(trainer, items=cases.num_labels).train()
+    windows = [samples[:12], *[samples[12:] + samples[:12]] * 3]
+    assert max(cases.errors(recorder, ref.make_model(), [cases.collate(window) for window in windows])) <= EXACT
+    model = ref.make_model()
+    tail = cases.collate(samples[12:])
+    model.load_state_dict(recorder.weights[1])
+    losses = [float(ref.loss_mean(model, batch).detach()) for batch in (tail, cases.collate(samples[:12]))]
+    counts = [cases.num_labels(batch) for batch in (tail, cases.collate(samples[:12]))]
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert abs(trainer.state.log_history[1]["loss"] - expected) < 1e-6
+
+
+class Clears(TrainerCallback):
+    """Drops what no update followed, at the end of an epoch."""
+
+    def __init__(self, set_to_none):
+        self.set_to_none = set_to_none
+
+    def on_epoch_end(self, args, state, control, model=None, **_):
+        model.zero_grad(set_to_none=self.set_to_none)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradient_that_was_cleared_does_not_count(tmp_path: Path, set_to_none):
+    samples = cases.samples(20)
+    trainer, recorder = cases.make(tmp_path, dataset=Stream(samples), max_steps=3, callbacks=[Clears(set_to_none)])
+    weights(trainer, items=cases.num_labels).train()
+    windows = [cases.collate(samples[:12])] * 3
+    assert max(cases.errors(recorder, ref.make_model(), windows)) <= EXACT
+
+
+def test_gradient_that_another_engine_keeps_is_refused(tmp_path: Path, monkeypatch):
+    samples = cases.samples(20)
+    trainer, _ = cases.make(tmp_path, dataset=Stream(samples), max_steps=2)
+    weights(trainer, items=cases.num_labels)
+    known = type(trainer.accelerator).distributed_type.fget
+    kind = types.SimpleNamespace(value="DEEPSPEED")
+
+    def distributed_type(accelerator):
+        called_by = sys._getframe(1).f_code.co_name
+        return kind if called_by == "_bigbatch_weights_has_gradient" else known(accelerator)
+
+    monkeypatch.setattr(type(trainer.accelerator), "distributed_type", property(distributed_type))
+    with pytest.raises(InputError) as caught:
+        trainer.train()
+    assert str(caught.value) == (
+        "the data of MeanLoss ended within a window, and DEEPSPEED keeps the gradient of its last micro-batches, which "
+        "cannot be weighted there: use a data set with a length, or as many batches as gradient_accumulation_steps "
+        "divides."
+    )
+
+
+def test_second_training_does_not_continue_a_window_of_the_first(tmp_path: Path):
+    samples = cases.samples(20)
+    trainer, recorder = cases.make(tmp_path, dataset=Stream(samples), max_steps=1)
+    weights(trainer, items=cases.num_labels).train()
+    trainer.args.max_steps = 2
+    trainer.train()
+    windows = [samples[:12], samples[:12], samples[12:] + samples[:12]]
+    assert max(cases.errors(recorder, ref.make_model(), [cases.collate(window) for window in windows])) <= EXACT
+
+
+class SumOverInputs(Trainer):
+    """A sum over a number of items of several micro-batches, which the inputs have."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, items = ref.loss_and_items(model, {name: inputs[name] for name in ("tokens", "labels")})
+        return loss / self.divisor(inputs) if inputs["tokens"].numel() else loss * 0 / items
+
+    def divisor(self, inputs):
+        return inputs["num_items_in_batch"]
+
+
+class SumOverOptionalInputs(SumOverInputs):
+    def divisor(self, inputs):
+        return inputs.get("num_items_in_batch", 1)
+
+
+@pytest.mark.parametrize("kind", [SumOverInputs, SumOverOptionalInputs])
+def test_loss_over_items_of_several_microbatches_is_refused(tmp_path: Path, kind):
+    trainer, _ = cases.make(tmp_path, kind, collator=lambda rows: {**cases.collate(rows), "num_items_in_batch": 60})
+    with pytest.raises(InputError) as caught:
+        weights(trainer, items=cases.num_labels).train()
+    assert str(caught.value) == (
+        f"compute_loss of {kind.__name__} reads inputs['num_items_in_batch'], the items of several micro-batches, so "
+        "its loss is a sum divided by all of them, and weights() is for means: leave weights() out, or use a loss that "
+        'is a mean (of TRL\'s GRPO, a loss_type other than "dapo", "cispo" and "vespo").'
     )

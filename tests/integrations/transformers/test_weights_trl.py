@@ -6,7 +6,8 @@ import datasets
 import pytest
 import torch
 
-from bigbatch.integrations.transformers import weights
+from bigbatch.errors import InputError
+from bigbatch.integrations.transformers import verify, weights
 from integrations.transformers import trainer_cases as cases
 from support import full_batch_reference as ref
 from support import tiny_trainers as tiny
@@ -40,6 +41,35 @@ def tokens(inputs):
     return inputs["completion_mask"].sum()
 
 
+def make_trainer(folder, callbacks=(), **settings):
+    return GRPOTrainer(
+        tiny.llama().float(),
+        reward_funcs=length_reward,
+        args=GRPOConfig(str(folder), **{**SETTINGS, **settings}),
+        train_dataset=datasets.Dataset.from_list([{"prompt": f"w{i} w{i + 1} "} for i in range(16)]),
+        processing_class=tiny.tokenizer(),
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_sums_of_grpo_are_refused(tmp_path, loss_type):
+    trainer = make_trainer(tmp_path, loss_type=loss_type)
+    with pytest.raises(
+        InputError, match=r"^compute_loss of GRPOTrainer reads inputs\['num_items_in_batch'\], the items"
+    ):
+        weights(trainer, items=tokens).train()
+
+
+def test_generated_data_cannot_be_verified(tmp_path):
+    with pytest.raises(InputError) as caught:
+        verify(weights(make_trainer(tmp_path), items=tokens))
+    assert str(caught.value) == (
+        "GRPOTrainer generates the data of a window while it trains, so a window has other data in each run, and "
+        "verify() cannot compare two."
+    )
+
+
 @pytest.mark.parametrize("steps_per_generation", [1, 4, 8])
 def test_grpo_is_averaged_over_tokens_of_the_window(tmp_path, steps_per_generation):
     torch.manual_seed(0)
@@ -49,14 +79,7 @@ def test_grpo_is_averaged_over_tokens_of_the_window(tmp_path, steps_per_generati
         prepared.append(copy.copy(inputs))
         return tokens(inputs)
 
-    trainer = GRPOTrainer(
-        tiny.llama().float(),
-        reward_funcs=length_reward,
-        args=GRPOConfig(str(tmp_path), steps_per_generation=steps_per_generation, **SETTINGS),
-        train_dataset=datasets.Dataset.from_list([{"prompt": f"w{i} w{i + 1} "} for i in range(16)]),
-        processing_class=tiny.tokenizer(),
-        callbacks=[recorder],
-    )
+    trainer = make_trainer(tmp_path, [recorder], steps_per_generation=steps_per_generation)
     weights(trainer, items=items).train()
     assert len(prepared) == 2 * NUM_STEPS
     assert trainer._step == 2 * NUM_STEPS

@@ -167,8 +167,13 @@ def _optimizer(trainer: Any) -> str | None:
     return None
 
 
+def generates_data(trainer: Any) -> bool:
+    """Return whether a trainer of TRL makes the data of a window while it prepares the inputs."""
+    return any(kind.__module__.startswith("trl.") and "_prepare_inputs" in vars(kind) for kind in type(trainer).__mro__)
+
+
 def _loss(trainer: Any) -> str | None:
-    if any(kind.__module__.startswith("trl.") and "_prepare_inputs" in vars(kind) for kind in type(trainer).__mro__):
+    if generates_data(trainer):
         return (
             "generates its training data in _prepare_inputs, from whole generation batches: use weights(trainer, "
             "items=...) instead of exact(trainer)."

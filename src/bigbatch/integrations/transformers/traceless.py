@@ -1,7 +1,6 @@
 """Run a trainer's loss without a trace on the trainer, its models, its collator and the random generators."""
 
 import copy
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,17 +11,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map
 
 from bigbatch.integrations.transformers.trainer_metrics import local_gathers
+from bigbatch.integrations.transformers.trainer_state import trainer_preserved
 from bigbatch.preserve import preserved
 from bigbatch.trials.loss_modules import modules_used_by
-from bigbatch.trials.object_state import ObjectState
 
-MAX_ELEMENTS = 10_000  # of a container that is copied: a longer one holds data
 _MISSING = object()
-# Large, or restored with the model, or not data.
-_LEFT_AS_THEY_ARE = frozenset(
-    {"train_dataset", "eval_dataset", "model", "model_wrapped", "ref_model", "optimizer", "lr_scheduler", "args"}
-)
-_OBJECTS = frozenset({"state", "control"})
 
 
 def bare_model(trainer: Any) -> nn.Module:
@@ -81,81 +74,6 @@ def _resharded(model: nn.Module) -> Iterator[None]:
 
 def _log_nothing(_args: Any, _state: Any, control: Any, *_: Any, **__: Any) -> Any:
     return control
-
-
-@contextmanager
-def trainer_preserved(trainer: Any) -> Iterator[None]:
-    """Restore the attributes of a trainer on exit, and the content of lists, dicts and sets among them.
-
-    Covers metrics, counters, ``state`` and ``control``. Datasets, models and the optimizer are left as they are.
-    """
-    attributes = dict(vars(trainer))
-    content = ObjectState(parameters=False)
-    content.add(
-        *(
-            value
-            for name, value in attributes.items()
-            if name in _OBJECTS or (isinstance(value, dict | list | set | deque) and name not in _LEFT_AS_THEY_ARE)
-        )
-    )
-    try:
-        yield
-    finally:
-        content.restore()
-        now = vars(trainer)
-        for name in now.keys() - attributes.keys():
-            del now[name]
-        now.update(attributes)
-
-
-@contextmanager
-def collator_state(owner: Any) -> Iterator[None]:
-    """Restore the random generators of this process and the attributes of a collator on exit."""
-    with preserved(), _container_state(owner):
-        yield
-
-
-@contextmanager
-def _container_state(owner: Any) -> Iterator[None]:
-    """Restore the attributes of an object, and the content of those that are small containers, tensors, generators."""
-    attributes: dict[str, Any] | None = getattr(owner, "__dict__", None)
-    if attributes is None:
-        yield
-        return
-    saved = dict(attributes)
-    state = ObjectState(parameters=False)
-    for value in saved.values():
-        if _is_small_state(value):
-            state.add(value)
-    try:
-        yield
-    finally:
-        state.restore()
-        for name in attributes.keys() - saved.keys():
-            del attributes[name]
-        for name, value in saved.items():
-            if attributes.get(name, _MISSING) is not value:
-                attributes[name] = value
-
-
-def _is_small_state(value: Any) -> bool:
-    if isinstance(value, nn.Module):
-        return False  # saved with the models
-    if isinstance(value, dict | list | set | deque):
-        return len(value) <= MAX_ELEMENTS and not any(_is_library_object(each) for each in _elements(value))
-    kind = type(value)
-    is_generator = kind.__name__ in ("Generator", "RandomState", "Random")
-    return isinstance(value, Tensor) or is_generator
-
-
-def _elements(value: Any) -> Any:
-    return value.values() if isinstance(value, dict) else value
-
-
-def _is_library_object(value: Any) -> bool:
-    """Return whether a value is neither data nor a container, so that its attributes are not looked into."""
-    plain = (bool, int, float, complex, str, bytes, type(None), Tensor, dict, list, tuple, set, deque)
-    return not isinstance(value, plain) and type(value).__module__.partition(".")[0] != "numpy"
 
 
 @contextmanager

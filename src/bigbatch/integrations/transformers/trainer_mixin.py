@@ -19,6 +19,7 @@ from transformers import Trainer
 
 from bigbatch.errors import BigbatchError, InputError, first_line
 from bigbatch.integrations.transformers.checks import uneven_updates
+from bigbatch.integrations.transformers.own_batches import refuse_changed_batches
 from bigbatch.integrations.transformers.own_code import (
     call_training_step,
     overrides_training_step,
@@ -65,7 +66,7 @@ class ExactMixin:
     _bigbatch_windows: Windows | None = None
     _bigbatch_held: Sequence[Any] = ()
     _bigbatch_is_in_step = False  # before the loss of a window
-    _bigbatch_step_is_checked = False
+    _bigbatch_step_is_checked = _bigbatch_batches_are_checked = False
 
     def get_train_dataloader(self) -> Any:
         """Return the loader of the trainer, whose batches are lists of samples."""
@@ -115,6 +116,9 @@ class ExactMixin:
         """Return the batches of a window: all samples are in the last one."""
         batches, _ = Trainer.get_batch_samples(self, *args, **kwargs)  # an override would count items of collated ones
         if batches:
+            if not self._bigbatch_batches_are_checked:
+                refuse_changed_batches(self, type(self).__bases__[1], batches)
+                self._bigbatch_batches_are_checked = True
             batches, self._bigbatch_held = as_window(batches, self._bigbatch_held), ()
         return batches, None
 

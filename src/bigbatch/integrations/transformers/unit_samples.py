@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from bigbatch.integrations.transformers.traceless import collator_state
+from bigbatch.integrations.transformers.trainer_state import collator_state
 from bigbatch.integrations.transformers.unit_counts import (
     Candidate,
     candidates_for,

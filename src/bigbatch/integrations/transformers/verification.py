@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bigbatch.errors import InputError
-from bigbatch.integrations.transformers.checks import Settings, check_kind, check_trainer
+from bigbatch.integrations.transformers.checks import Settings, check_kind, check_trainer, generates_data
 from bigbatch.integrations.transformers.traceless import class_of, traceless
 from bigbatch.integrations.transformers.trainer_mixin import ExactMixin
 from bigbatch.integrations.transformers.unit_refusals import class_name
@@ -88,7 +88,8 @@ def verify(trainer: Any) -> TrainerVerification:
         Errors, and the unit that was found.
 
     Raises:
-        InputError: It is no Trainer, or one that `exact` refuses, or the unit of its loss is not certain.
+        InputError: It is no Trainer, or one that `exact` refuses, or that generates its data, or the unit of its loss
+            is not certain.
     """
     check_kind(trainer)
     if getattr(trainer, "_bigbatch_package", "transformers") != "transformers":
@@ -100,6 +101,11 @@ def verify(trainer: Any) -> TrainerVerification:
     settings = getattr(trainer, "_bigbatch_settings", Settings())
     if not isinstance(trainer, WeightsMixin):
         check_trainer(trainer, settings)
+    elif generates_data(trainer):
+        raise InputError(
+            f"{class_name(trainer)} generates the data of a window while it trains, so a window has other data in each "
+            "run, and verify() cannot compare two."
+        )
     kind = type(trainer)
     stock: type = kind.__bases__[1] if issubclass(kind, ExactMixin | WeightsMixin) else kind
     with traceless(trainer, trainer.compute_loss) as model, class_of(trainer, stock):

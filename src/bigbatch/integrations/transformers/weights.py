@@ -5,7 +5,6 @@ window → inputs of all micro-batches → items of each, of all ranks → loss 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.checks import check_kind
 from bigbatch.integrations.transformers.own_code import OwnCode, call_training_step, own_training_step
 from bigbatch.integrations.transformers.unit_refusals import class_name
+from bigbatch.integrations.transformers.weighted_window import NUM_ITEMS, CheckedInputs, WeightedWindow
 from bigbatch.types import Items
 
 AnyTrainer = TypeVar("AnyTrainer")
@@ -77,35 +77,27 @@ def weights(trainer: AnyTrainer, *, items: CountInputs) -> AnyTrainer:
     return trainer
 
 
-@dataclass
-class _Window:
-    """The micro-batches of an update that are not run yet.
-
-    Attributes:
-        batches: As the loader yielded them.
-        prepared: Their inputs; empty before the first one is prepared.
-        weights: As many.
-        is_running: Whether a training step is running.
-    """
-
-    batches: list[Any]
-    prepared: list[Any] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    weight: float | None = None
-    is_running: bool = False
-
-
 class WeightsMixin:
     """Overrides of `transformers.Trainer`; `weights` puts it before the class of a trainer."""
 
     _bigbatch_weights_items: CountInputs
-    _bigbatch_weights_window: _Window | None = None
+    _bigbatch_weights_window: WeightedWindow | None = None
     _bigbatch_weights_ratios: dict[tuple[int, int], float]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; gradients of an earlier call are gone."""
+        self._bigbatch_weights_window = None
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """Return the micro-batches of a window, without a number of items."""
+        """Return the micro-batches of a window, without a number of items.
+
+        A stream of unknown length may end within a window, and the Trainer makes no update then: the gradient of its
+        micro-batches stays, and becomes part of the next window's.
+        """
         batches, _ = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
-        self._bigbatch_weights_window = _Window(list(batches))
+        if batches or self._bigbatch_weights_window is None:  # none at the end of an epoch
+            self._bigbatch_weights_window = WeightedWindow.after(self._bigbatch_weights_window, batches)
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -128,7 +120,7 @@ class WeightsMixin:
                 "self.compute_loss(model, inputs), once each, so its loss was not weighted: compute the loss in "
                 "compute_loss, and call both."
             )
-        return loss
+        return window.logged(loss, is_complete=self.accelerator.sync_gradients)  # type: ignore[attr-defined]
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Return the inputs of the next micro-batch; prepare and count those of the whole window at its first one."""
@@ -138,7 +130,12 @@ class WeightsMixin:
         if not window.prepared:
             window.prepared = self._bigbatch_weights_prepare(window.batches)
             window.batches = []
-            window.weights = self._bigbatch_weights_of(window.prepared)
+            if window.carried and not self._bigbatch_weights_has_gradient():
+                window.carried = 0.0  # cleared since, such as by a callback
+            window.weights, window.total = self._bigbatch_weights_of(window.prepared, window.carried)
+            if window.carried:
+                for gradient in self._bigbatch_weights_gradients():
+                    gradient.mul_(window.carried / window.total)
         window.weight = window.weights.pop(0)
         return window.prepared.pop(0)
 
@@ -157,8 +154,8 @@ class WeightsMixin:
                 trainer._step = step
         return prepared
 
-    def _bigbatch_weights_of(self, prepared: Sequence[Any]) -> list[float]:
-        """Return items · ranks / items of the window, for each micro-batch. Collective."""
+    def _bigbatch_weights_of(self, prepared: Sequence[Any], carried: float) -> tuple[list[float], float]:
+        """Return items · ranks / items of the window, for each micro-batch, and the latter. Collective."""
         trainer: Any = self
         accelerator = trainer.accelerator
         counts = [_counted(self._bigbatch_weights_items, inputs) for inputs in prepared]
@@ -171,9 +168,32 @@ class WeightsMixin:
                 f"items= returned {own.tolist()} for the micro-batches of this rank, or a number below 0 on another: "
                 "it must return the number of items of a micro-batch, 0 or more."
             )
+        total += carried
         if not total:
-            return [0.0] * len(counts)
-        return [count * accelerator.num_processes / total for count in own.tolist()]
+            return [0.0] * len(counts), 0.0
+        return [count * accelerator.num_processes / total for count in own.tolist()], total
+
+    def _bigbatch_weights_gradients(self) -> list[Tensor]:
+        trainer: Any = self
+        return [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+
+    def _bigbatch_weights_has_gradient(self) -> bool:
+        """Return whether any rank still has a gradient of micro-batches that no update followed. Collective.
+
+        Raises:
+            InputError: It is not in ``.grad``.
+        """
+        trainer: Any = self
+        accelerator = trainer.accelerator
+        engine = accelerator.distributed_type.value
+        if engine in ("DEEPSPEED", "MEGATRON_LM"):
+            raise InputError(
+                f"the data of {class_name(self)} ended within a window, and {engine} keeps the gradient of its last "
+                "micro-batches, which cannot be weighted there: use a data set with a length, or as many batches as "
+                "gradient_accumulation_steps divides."
+            )
+        found = any(bool(gradient.any()) for gradient in self._bigbatch_weights_gradients())
+        return bool(accelerator.gather(torch.tensor([found], device=accelerator.device)).any())
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the weighted loss in a training step, and the trainer's own elsewhere."""
@@ -191,7 +211,9 @@ class WeightsMixin:
         steps = trainer.current_gradient_accumulation_steps
         trainer.current_gradient_accumulation_steps = 1  # some losses divide by it
         try:
-            result = super().compute_loss(model, inputs, *args, **{**kwargs, "num_items_in_batch": None})  # type: ignore[misc]
+            if type(inputs) is dict and NUM_ITEMS in inputs:
+                inputs = CheckedInputs(inputs, self)
+            result = super().compute_loss(model, inputs, *args, **{**kwargs, NUM_ITEMS: None})  # type: ignore[misc]
         except TypeError as error:
             if "NoneType" not in str(error):
                 raise

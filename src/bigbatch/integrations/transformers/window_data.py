@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.samples import SampleBatch, SampleCollator, copy_samples
-from bigbatch.integrations.transformers.traceless import collator_state
+from bigbatch.integrations.transformers.trainer_state import collator_state
 from bigbatch.integrations.transformers.unit_counts import cut_rows, has_row_for_each_sample
 from bigbatch.integrations.transformers.unit_samples import same_batches
 from bigbatch.rng import seed_everything

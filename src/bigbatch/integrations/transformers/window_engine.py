@@ -26,7 +26,7 @@ from bigbatch.integrations.transformers.own_parameters import (
     other_parameters,
 )
 from bigbatch.integrations.transformers.samples import Piece, WindowBatch, copy_samples, take_whole
-from bigbatch.integrations.transformers.traceless import trainer_preserved
+from bigbatch.integrations.transformers.trainer_state import trainer_preserved
 from bigbatch.integrations.transformers.unit_refusals import class_name, unequal_micro_batches
 from bigbatch.integrations.transformers.window_hand_over import WindowHandOver, warn_of_batch_norms
 from bigbatch.integrations.transformers.window_unit import WindowUnit
