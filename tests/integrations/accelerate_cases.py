@@ -109,22 +109,32 @@ def run_loop(settings: dict[str, Any], *, exact: bool, how: str = "accumulate") 
         return loop((ExactAccelerator if exact else Accelerator)(cpu=True, **settings), exact=exact, how=how)
 
 
+def make_sharded(plugin: GradientAccumulationPlugin) -> tuple[ExactAccelerator, Any, Any]:
+    """Return an accelerator, a model and an optimizer with FSDP2 on gloo ranks, which it offers for GPUs only."""
+    accelerator = ExactAccelerator(cpu=True, gradient_accumulation_plugin=plugin)
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=50, reshard_after_forward=True
+    )
+    assert accelerator.is_fsdp2
+    model = ref.make_model()
+    return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+
+
+def full_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return copies of the whole gradients of a sharded model. Collective."""
+    return {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
+
+
 def run_sharded(plugin: GradientAccumulationPlugin) -> tuple[list[float], int]:
-    """Run an epoch with FSDP2 on gloo ranks, which accelerate offers for accelerators only.
+    """Run an epoch with FSDP2.
 
     Returns:
         The errors, and the number of parameters that are sharded.
     """
     with fresh_state():
-        accelerator = ExactAccelerator(cpu=True, gradient_accumulation_plugin=plugin)
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=50, reshard_after_forward=True
-        )
-        assert accelerator.is_fsdp2
+        accelerator, model, optimizer = make_sharded(plugin)
         rank, world = accelerator.process_index, accelerator.num_processes
-        model = ref.make_model()
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
         seen = []
         for part in make_loader(rank, world):
             with accelerator.accumulate(model):
@@ -132,7 +142,7 @@ def run_sharded(plugin: GradientAccumulationPlugin) -> tuple[list[float], int]:
                 accelerator.backward(loss_sum, items=items)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1e9)
-                    seen.append({name: p.grad.full_tensor().clone() for name, p in model.named_parameters()})
+                    seen.append(full_gradients(model))
                 optimizer.step()
                 optimizer.zero_grad()
         assert accelerator.is_fsdp2

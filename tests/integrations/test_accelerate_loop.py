@@ -165,19 +165,6 @@ def test_window_may_span_epochs():
     assert ref.relative_error(recorder.seen[0], full([first, second, first, second, first])) <= EXACT
 
 
-def test_dropped_gradients_do_not_count():
-    accelerator, model, optimizer, recorder = make()
-    parts = cases.microbatches()[:3]
-    for index, part in enumerate(parts):
-        with accelerator.accumulate(model):
-            loss_sum, items = ref.loss_and_items(model, part)
-            accelerator.backward(loss_sum, items=items)
-            if index == 0:
-                model.zero_grad()
-            optimizer.step()
-    assert ref.relative_error(recorder.seen[0], full(parts[1:])) <= EXACT
-
-
 def test_two_models_share_a_window():
     accelerator, model, _, _ = make()
     head = nn.Linear(ref.VOCABULARY, 1).double()

@@ -15,11 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigbatch.engine.hand_over import is_exact_loss
 from bigbatch.errors import InputError
+from bigbatch.integrations.accelerate_optimizer import WindowOptimizer
 from bigbatch.integrations.item_totals import (
     AccumulationReport,
     DataRanks,
+    GradientVersions,
     ItemTotals,
     checked_pair,
+    gradient_versions,
     has_gradient,
     multiply_gradients,
     reached_parameters,
@@ -50,7 +53,8 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
     GradScaler, checkpoints.
 
     For one process, DDP and FSDP2. A window ends where accelerate synchronizes gradients: with the last block of
-    `accumulate`, or with a `backward` outside of `no_sync`.
+    `accumulate`, or with a `backward` outside of `no_sync`. In one process, a window whose last micro-batch has no
+    `backward` is divided when it is clipped, unscaled or applied by a prepared optimizer; elsewhere that is refused.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -62,6 +66,7 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         self._bigbatch_num_no_sync = 0  # blocks of no_sync that are open
         self._bigbatch_num_joins = 0
         self._bigbatch_checked = False
+        self._bigbatch_versions: GradientVersions | None = None  # after a micro-batch; None if .grad does not hold it
         self._bigbatch_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # in DDP
 
     @property
@@ -76,13 +81,32 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
             self._bigbatch_wrapped.add(prepared)
         return prepared
 
+    def prepare_optimizer(self, optimizer: Any, device_placement: bool | None = None) -> Any:
+        """As ``Accelerator.prepare_optimizer``; the step of the result ends an open window first."""
+        placed = self.device_placement if device_placement is None else device_placement
+        prepared = super().prepare_optimizer(optimizer, device_placement=False)
+        if getattr(prepared, "end_window", None) == self._bigbatch_end_window:
+            return prepared
+        ours = WindowOptimizer(prepared, self._bigbatch_end_window, device_placement=placed)
+        self._optimizers[:] = [ours if other is prepared else other for other in self._optimizers]
+        return ours
+
     @contextmanager
     def accumulate(self, *models: Any) -> Iterator[None]:
-        """As ``Accelerator.accumulate``."""
+        """As ``Accelerator.accumulate``.
+
+        Raises:
+            InputError: At the end of a window whose last micro-batch had no `backward`, without a prepared optimizer.
+        """
         with super().accumulate(*models):
             self._bigbatch_num_calls = 0
             try:
                 yield
+                if self.sync_gradients and self._bigbatch_totals.num_microbatches and not self._optimizers:
+                    raise InputError(
+                        "the last micro-batch of this window had no backward(items=...), and no optimizer was prepared "
+                        "whose step divides the gradient: pass the optimizer to accelerator.prepare()."
+                    )
             finally:
                 self._bigbatch_num_calls = None
 
@@ -105,6 +129,16 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
                 yield
             finally:
                 self._bigbatch_num_joins -= 1
+
+    def unscale_gradients(self, optimizer: Any = None) -> None:
+        """As ``Accelerator.unscale_gradients``, which its clipping calls first; ends an open window before that.
+
+        Raises:
+            InputError: The gradient cannot be divided any more, or not on this rank alone.
+        """
+        if self.sync_gradients and not self._bigbatch_num_no_sync:
+            self._bigbatch_end_window()
+        super().unscale_gradients(optimizer)
 
     def backward(self, loss: Tensor, *, items: Items | None = None, **kwargs: Any) -> None:
         """Add the gradient of one micro-batch, and divide by the items of the window if it is the last one.
@@ -141,13 +175,54 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
         loss, items = checked_pair(loss, items)
         self._bigbatch_check_gradients()
         self._bigbatch_check_parameters(loss)
+        parameters = self._bigbatch_parameters(optimized_only=True)
+        before = gradient_versions(parameters) if self.distributed_type == DistributedType.FSDP else None
         super().backward(loss * (self.gradient_accumulation_steps / totals.divisor), **kwargs)
         totals.add(loss, items)
         if is_last:
-            ranks = DataRanks(self.num_processes, self.device)
-            self._bigbatch_report, factor = totals.close(ranks, prescale=self.scaler is not None)
-            self._bigbatch_checked = True
-            multiply_gradients(self._bigbatch_parameters(), factor)
+            self._bigbatch_divide()
+        else:
+            # FSDP2 may hold gradients back until the last micro-batch, and zero_grad() keeps those
+            versions = gradient_versions(parameters)
+            self._bigbatch_versions = versions if versions != before else None
+
+    def _bigbatch_divide(self) -> None:
+        ranks = DataRanks(self.num_processes, self.device)
+        self._bigbatch_report, factor = self._bigbatch_totals.close(ranks, prescale=self.scaler is not None)
+        self._bigbatch_checked = True
+        multiply_gradients(self._bigbatch_parameters(), factor)
+
+    def _bigbatch_end_window(self) -> None:
+        """Divide the gradient of a window whose last micro-batch had no `backward`, or refuse. Not collective."""
+        if not self._bigbatch_totals.num_microbatches:
+            return
+        is_changed, is_dropped = self._bigbatch_compare_gradients()
+        if is_dropped:
+            self._bigbatch_totals.clear()
+            return
+        if self.num_processes > 1 or self.distributed_type == DistributedType.FSDP:
+            # No collective here: a rank that did call backward is in those of its gradients
+            raise InputError(
+                "the last micro-batch of this window had no backward(items=...) on this rank, and only this call "
+                "averages gradients and adds up items over ranks: call it for the last micro-batch of every window on "
+                "every rank, with items=0 and the sum of its losses, 0, if it has no items."
+            )
+        if is_changed and self.scaler is None:
+            raise InputError(
+                "the last micro-batch of this window had no backward(items=...), and the gradient was changed before "
+                "it was divided: clip with accelerator.clip_grad_norm_() or accelerator.clip_grad_value_(), which "
+                "divide first, or call accelerator.unscale_gradients() before you change the gradient."
+            )
+        self._bigbatch_divide()
+
+    def _bigbatch_compare_gradients(self) -> tuple[bool, bool]:
+        """Return whether ``.grad`` changed since the last micro-batch, and whether it was dropped by that.
+
+        Zeros alone do not mean that it was dropped, since a gradient may be 0. Waits for the device if it changed.
+        """
+        parameters = self._bigbatch_parameters(optimized_only=True)
+        is_changed = self._bigbatch_versions not in (None, gradient_versions(parameters))
+        return is_changed, is_changed and not has_gradient(parameters)
 
     def _bigbatch_parameters(self, *, optimized_only: bool = False) -> list[Tensor]:
         optimized = [group["params"] for optimizer in self._optimizers for group in optimizer.param_groups]
@@ -186,13 +261,10 @@ class ExactAccelerator(Accelerator):  # type: ignore[misc]
 
     def _bigbatch_check_gradients(self) -> None:
         """Check that ``.grad`` holds the micro-batches that were counted."""
-        parameters = self._bigbatch_parameters(optimized_only=True)
-        totals = self._bigbatch_totals
-        if totals.num_microbatches:
-            in_grad = self.distributed_type != DistributedType.FSDP  # which may hold gradients back until the last
-            if in_grad and all(parameter.grad is None for parameter in parameters):
-                totals.clear()  # zero_grad() dropped the micro-batches before this one
-        elif has_gradient(parameters):
+        if self._bigbatch_totals.num_microbatches:
+            if self._bigbatch_compare_gradients()[1]:
+                self._bigbatch_totals.clear()
+        elif has_gradient(self._bigbatch_parameters(optimized_only=True)):
             raise InputError(
                 "the parameters have a gradient before the first micro-batch of a window, which would be divided by "
                 "the items of this one: call optimizer.zero_grad() after optimizer.step(), and run all micro-batches "

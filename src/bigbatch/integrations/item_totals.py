@@ -9,7 +9,7 @@ items over both.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor
 from bigbatch.distributed.collective import DistributedRankGroup, Number, as_tensor
 from bigbatch.gradients.loss_checks import as_count, refuse_loss
 from bigbatch.types import Items
+
+GradientVersions: TypeAlias = list[tuple[int, int, int] | None]
+"""Identity and versions of each ``.grad``, of a DTensor also the version of its local tensor."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,6 +151,17 @@ def has_gradient(parameters: Iterable[Tensor]) -> bool:
     """Return whether any ``.grad`` on this rank is not zero. Waits for the device, unless all are None."""
     gradients = (parameter.grad for parameter in parameters)
     return any(bool(local_values(gradient).count_nonzero()) for gradient in gradients if gradient is not None)
+
+
+def gradient_versions(parameters: Iterable[Tensor]) -> GradientVersions:
+    """Return what changes with every write to a ``.grad``; does not wait for the device."""
+    gradients = (parameter.grad for parameter in parameters)
+    return [
+        None
+        if gradient is None
+        else (id(gradient), gradient._version, gradient.to_local()._version if isinstance(gradient, DTensor) else 0)
+        for gradient in gradients
+    ]
 
 
 def local_values(gradient: Tensor) -> Tensor:
