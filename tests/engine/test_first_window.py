@@ -445,3 +445,51 @@ def test_warnings_of_torch_in_check_are_hidden():
 @pytest.mark.parametrize("statistic", [torch.softmax, torch.logsumexp, torch.mean, torch.var])
 def test_statistics_over_features_are_silent(statistic):
     make(mlp(), lambda model, part: (statistic(model(part), -1).square().sum(), len(part))).step(rows())
+
+
+def masked_mean_times_samples(model, batch):
+    """The mean runs over fewer items than it is multiplied by."""
+    return F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100) * len(batch[1]), len(batch[1])
+
+
+def masked(counts, size=8):
+    """Return a batch whose micro-batches have so many labels, the first ones of each."""
+    inputs, labels = rows(size * len(counts)), torch.arange(size * len(counts)) % 3
+    for index, count in enumerate(counts):
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(index))
+        labels[index * size + order[count:]] = -100
+    return inputs, labels
+
+
+FEWER_ITEMS = (
+    "- the loss of the term 'loss' is a mean times its 8 items, but the mean runs over {}: (microbatch[1] != "
+    "-100).sum(). Count these instead."
+)
+
+
+@pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        ([5, 5, 6, 4], 5),  # two neighbours with equally many labels add up
+        ([8, 5, 6, 4], 5),  # nothing is left out of the first
+        ([2, 5, 6, 4], 5),  # too few in the first to tell
+        ([5, 5, 7, 3], 5),
+    ],
+)
+def test_mean_over_fewer_items_is_named_whatever_the_first_microbatch_has(counts, found):
+    engine = make(mlp(), masked_mean_times_samples, microbatch=8)
+    assert warning_of(engine, masked(counts)) == FEWER_ITEMS.format(found)
+
+
+def test_mean_over_very_few_items_is_not_taken_for_coupling():
+    text = warning_of(make(mlp(), masked_mean_times_samples, microbatch=8), masked([3, 2, 3, 2]))
+    assert text == (
+        "- the losses of parts of a micro-batch do not add up to its loss, and some samples by themselves have none: "
+        "it may be a mean over fewer items than it is multiplied by. Return the sum and the items that it runs over."
+    )
+
+
+def test_microbatches_that_add_up_are_looked_at_again_in_later_windows():
+    engine = make(mlp(), masked_mean_times_samples, microbatch=8)
+    engine.step(masked([5, 5, 5, 5]))  # warnings are errors
+    assert warning_of(engine, masked([7, 5, 4, 3])) == FEWER_ITEMS.format(7)

@@ -4,18 +4,19 @@
     as `verify` does → warn
 
 Costs nothing but a look at the graph unless that has a sign, such as a mean; then some forwards of at most eight
-samples, without gradients, after the micro-batches of the window and before its update. Changes no state. A window of
-one micro-batch is not cut: only the scale of its loss is checked, and the rest in the first window that has several.
+samples of each of three micro-batches, without gradients, before the update. Changes no state. A window of one
+micro-batch is not cut: only the scale of its loss is checked, and the rest in the first window that has several.
 """
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bigbatch.batching.split import Split
@@ -38,15 +39,22 @@ from bigbatch.verification.causes.modules import (
 )
 from bigbatch.verification.cut_gradients import CutGradients, TermValues, narrowest_dtype
 from bigbatch.verification.diagnose import find_causes
-from bigbatch.verification.loss_graph import may_combine_samples
+from bigbatch.verification.loss_graph import may_depend_on_cut
 from bigbatch.verification.module_state import ModuleState
 from bigbatch.verification.outside_parameters import modules_by_name, preserved_tensors, survey_losses
 from bigbatch.verification.tolerances import coarser_dtype, tolerance_for
 
 MIN_SAMPLES = 4  # of one micro-batch, else two of them
 MAX_SAMPLES = 8
-MAX_POSTPONED = 3  # windows whose samples have no items, or no finite loss
+MAX_BLOCKS = 3  # groups of at most so many samples: those of one may have equally many items
+MAX_JOINED = 4  # micro-batches that are compared with their neighbours
+MAX_POSTPONED = 3  # windows that show nothing, such as those whose samples have no items, or no finite loss
 ROOM = 5  # gradients may differ by more than in `verify`, which was asked for
+NO_SUM = Cause(
+    Kind.UNKNOWN,
+    "the losses of parts of a micro-batch do not add up to its loss, and some samples by themselves have none: it may "
+    "be a mean over fewer items than it is multiplied by. Return the sum and the items that it runs over.",
+)
 NOT_REPORTED = (Kind.NOT_FINITE, Kind.UNKNOWN)
 
 
@@ -98,7 +106,7 @@ class FirstWindowCheck:
             before = None if is_named else random_states(self._devices)
             result = loss_fn(model, microbatch)
             draws = before is not None and not _same_states(before, random_states(self._devices))
-            self._has_sign = draws or _has_sign(result, first)
+            self._has_sign = draws or may_depend_on_cut(result, first)
             return result
 
         return watched
@@ -166,7 +174,7 @@ class FirstWindowCheck:
     def _of_loss(
         self, loss_fn: LossFunction, parts: Split, groups: Sequence[list[int]], *, may_join: bool
     ) -> list[Cause] | None:
-        """Return the causes that a few samples show; None if they have no items or no finite loss."""
+        """Return the causes that a few samples show; None if other windows may show more."""
         try:
             with (
                 warnings.catch_warnings(action="ignore"),  # of torch, about fewer samples than the user passed
@@ -188,27 +196,46 @@ def _causes(
     cut_gradients: CutGradients, groups: Sequence[list[int]], state: ModuleState, *, may_join: bool
 ) -> list[Cause] | None:
     is_cut, first = len(groups) > 1, len(groups[0])
-    rows = groups[0][:MAX_SAMPLES]
-    if first < MIN_SAMPLES and may_join:
-        rows = [row for group in groups[:2] for row in group]
-    if len(rows) < 2:
-        return []
-    as_in_window = first < len(rows)
-    case = _case(cut_gradients, rows, first if as_in_window else (len(rows) + 1) // 2, state)
-    whole = case.terms(len(rows))
-    if not any(items for _, items in totals(whole).values()):
-        return None
-    if not all(math.isfinite(loss) for loss, _ in totals(whole).values()):
-        return None
-    if is_additive(whole, case.terms(case.cut), case.tolerance):
-        return []
-    if not _are_equal(whole, case.terms(len(rows), seed=1), case.tolerance):
-        return [RANDOM_NUMBERS] if is_cut else []
-    if not is_cut:
-        return [cause for cause in losses_not_sums(case) if cause.kind is Kind.MEAN]
-    if may_join and not as_in_window and _adds_up(_case(cut_gradients, [*groups[0], *groups[1]], first, state)):
-        return []  # the window cuts where the loss allows it, between pairs for example
-    return _diagnosed(case)
+    as_in_window = first < MIN_SAMPLES and may_join and is_cut
+    blocks = [group[:MAX_SAMPLES] for group in groups[:MAX_BLOCKS]]
+    if as_in_window:
+        blocks = [[*one, *other] for one, other in zip(groups[::2], groups[1::2], strict=False)][:MAX_BLOCKS]
+    found: list[Cause] | None = []
+    for rows in blocks:
+        if len(rows) < 2:
+            continue
+        case = _case(cut_gradients, rows, first if as_in_window else (len(rows) + 1) // 2, state)
+        whole = case.terms(len(rows))
+        values = totals(whole).values()
+        if not all(math.isfinite(loss) for loss, _ in values) or not any(items for _, items in values):
+            found = found or None
+            continue
+        if is_additive(whole, case.terms(case.cut), case.tolerance):
+            continue
+        if not _are_equal(whole, case.terms(len(rows), seed=1), case.tolerance):
+            return [RANDOM_NUMBERS] if is_cut else []
+        if not is_cut:
+            return [cause for cause in losses_not_sums(case) if cause.kind is Kind.MEAN]
+        if may_join and not as_in_window and _joins_add_up(cut_gradients, groups[:MAX_JOINED], state):
+            return None  # the window cuts where the loss allows it, between pairs for example; or their items are equal
+        found = _diagnosed(case)
+        if {cause.kind for cause in found} != {Kind.COUPLING} or not _has_empty_samples(case):
+            break
+        found = [NO_SUM]  # a mean over few items may look like coupling
+    return found
+
+
+def _has_empty_samples(case: Case) -> bool:
+    """Return whether the loss of some samples by themselves is not finite, as a mean over nothing; not of all."""
+    alone = case.terms([[row] for row in range(case.reference)])
+    return len({math.isfinite(loss) for terms in alone for loss, _ in terms.values()}) > 1
+
+
+def _joins_add_up(cut_gradients: CutGradients, groups: Sequence[list[int]], state: ModuleState) -> bool:
+    """Return whether the loss of neighbouring micro-batches together is the sum of theirs."""
+    return all(
+        _adds_up(_case(cut_gradients, [*first, *second], len(first), state)) for first, second in pairwise(groups)
+    )
 
 
 def _case(cut_gradients: CutGradients, rows: Sequence[int], cut: int, state: ModuleState) -> Case:
@@ -223,20 +250,6 @@ def _case(cut_gradients: CutGradients, rows: Sequence[int], cut: int, state: Mod
         _, loss_dtype = survey_losses(cut_gradients)
     tolerance = tolerance_for(coarser_dtype(dtypes[-1], loss_dtype))
     return Case(cut_gradients, len(rows), cut, tolerance, state, whole=f"{len(rows)} samples")
-
-
-def _has_sign(result: Any, num_samples: int) -> bool:
-    """Return whether the loss of a micro-batch may not be a sum over independent samples."""
-    terms = result.values() if isinstance(result, Mapping) else [result]
-    for term in terms:
-        if not isinstance(term, tuple | list) or len(term) != 2 or not isinstance(term[0], Tensor):
-            return False  # refused when it is recorded
-        loss_sum, items = term
-        if may_combine_samples(loss_sum):
-            return True
-        if not isinstance(items, Tensor) and 2 * items == num_samples:
-            return True  # one item for two samples: pairs, which a cut may separate
-    return False
 
 
 def _same_states(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

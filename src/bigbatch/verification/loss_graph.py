@@ -3,6 +3,7 @@
 A sign is no proof: ``F.mse_loss(outputs, targets) * targets.numel()`` is a right sum of items and contains a mean.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -86,4 +87,18 @@ def _is_penalty(node: Any) -> bool:
         if len(children) != 1:
             return False
         node = children.pop()
+    return False
+
+
+def may_depend_on_cut(result: Any, num_samples: int) -> bool:
+    """Return whether the loss of a micro-batch may not be a sum over independent samples."""
+    terms = result.values() if isinstance(result, Mapping) else [result]
+    for term in terms:
+        if not isinstance(term, tuple | list) or len(term) != 2 or not isinstance(term[0], Tensor):
+            return False  # refused when it is recorded
+        loss_sum, items = term
+        if may_combine_samples(loss_sum):
+            return True
+        if not isinstance(items, Tensor) and 2 * items == num_samples:
+            return True  # one item for two samples: pairs, which a cut may separate
     return False

@@ -15,6 +15,7 @@ from bigbatch.verification.cut_gradients import CUT_ERRORS, relative_difference
 
 PARTS_OF_PAIRS = (2, 3, 4)  # chosen and rejected; anchor, positive and negative; ...
 NUM_CHUNKS = 4
+MAX_DEALT = 32  # samples that are looked at one by one, if the loss of a chunk is not finite
 CLEAR = 50  # a difference is significant above this multiple of the tolerance
 SPREAD = 10  # means that differ by less than this multiple of the rounding say nothing of their weights
 SAME_RATIO = 0.02  # two ratios of counts are the same below this difference
@@ -125,7 +126,7 @@ class _Chunks:
     single: list[tuple[float, float]]
     pair: dict[tuple[int, int], tuple[float, float]]
     whole: tuple[float, float]
-    rows: Sequence[range]
+    rows: Sequence[Sequence[int]]
 
     def values(self) -> list[float]:
         return [loss for loss, _ in [*self.single, *self.pair.values(), self.whole]]
@@ -137,19 +138,34 @@ def _chunks(case: Case) -> dict[str, _Chunks]:
     if num_samples < NUM_CHUNKS:
         return {}
     bounds = [num_samples * index // NUM_CHUNKS for index in range(NUM_CHUNKS + 1)]
-    rows = [range(start, end) for start, end in pairwise(bounds)]
-    links = [(0, 1), (0, 2), (0, 3), (2, 3)]
-    groups = [*rows, *([*rows[a], *rows[b]] for a, b in links), range(num_samples)]
     try:
-        values = [totals([terms]) for terms in case.terms(groups)]
+        found = _evaluated(case, [range(start, end) for start, end in pairwise(bounds)])
+        if found or num_samples > MAX_DEALT:
+            return found
+        return _evaluated(case, _dealt(case, num_samples))
     except CUT_ERRORS:
         return {}
+
+
+def _evaluated(case: Case, rows: Sequence[Sequence[int]]) -> dict[str, _Chunks]:
+    """Evaluate chunks; terms with a value that is not finite, such as a mean over nothing, are left out."""
+    links = [(0, 1), (0, 2), (0, 3), (2, 3)]
+    groups = [*rows, *([*rows[a], *rows[b]] for a, b in links), sorted(row for chunk in rows for row in chunk)]
+    values = [totals([terms]) for terms in case.terms(groups)]
     found = {}
     for name in values[-1]:
         column = [terms.get(name, (0.0, 0.0)) for terms in values]
         pair = dict(zip(links, column[NUM_CHUNKS:-1], strict=True))
         found[name] = _Chunks(column[:NUM_CHUNKS], pair, column[-1], rows)
     return {name: chunks for name, chunks in found.items() if all(map(math.isfinite, chunks.values()))}
+
+
+def _dealt(case: Case, num_samples: int) -> list[list[int]]:
+    """Return chunks of which each has samples with a finite loss, as far as there are enough."""
+    single = [totals([terms]).values() for terms in case.terms([[row] for row in range(num_samples)])]
+    is_finite = [all(math.isfinite(loss) for loss, _ in values) for values in single]
+    order = sorted(range(num_samples), key=lambda row: not is_finite[row])
+    return [sorted(order[index::NUM_CHUNKS]) for index in range(NUM_CHUNKS)]
 
 
 def penalty(case: Case) -> Iterator[Cause]:
