@@ -20,6 +20,11 @@ from bigbatch.lm.data.tokenizer import AnyTokenizer, train_tokenizer
 from support.language_models import examples, pairs, records, write_jsonl
 
 ASKED = {"role": "user", "content": "Name a prime."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def answer(text: str) -> dict[str, str]:
@@ -58,6 +63,60 @@ def test_prompt_of_messages_is_what_both_begin_with() -> None:
 def test_string_among_messages_is_that_of_its_role() -> None:
     found = parts({"prompt": "Name a prime.", "chosen": [answer("7")], "rejected": "9"})
     assert found == [("chosen", (ASKED,), (answer("7"),)), ("rejected", (ASKED,), (answer("9"),))]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+@pytest.mark.parametrize(
+    ("prompt", "start"),
+    [
+        ("Name a prime.", [ASKED]),
+        ("Name a prime. ", [ASKED]),
+        ([ASKED], [ASKED]),
+        ([{"from": "human", "value": "Name a prime."}], [ASKED]),
+        ([SYSTEM, ASKED], [SYSTEM, ASKED]),
+        ("Name a prime.", [SYSTEM, ASKED]),
+        ([SYSTEM, ASKED], [ASKED]),
+        ([ASKED, answer("7") | {"weight": 0}, ASKED], [ASKED, answer("7"), ASKED]),
+        (" ", [ASKED]),
+    ],
+)
+def test_prompt_of_whole_conversations_is_used_once(prompt: Any, start: list[Any], objective: Objective) -> None:
+    record = {"prompt": prompt, "chosen": [*start, answer("7")], "rejected": [*start, answer("9")]}
+    context = (SYSTEM, ASKED) if SYSTEM in [*start, *prompt] else tuple(start)
+    assert parts(record, objective) == [
+        ("chosen", context, (answer("7"),)),
+        ("rejected", context, (answer("9"),)),
+    ]
+
+
+def test_prompt_of_conversations_is_what_both_begin_with() -> None:
+    start = [ASKED, answer("7"), {"role": "user", "content": "Another?"}]
+    whole = {"chosen": [*start, answer("11")], "rejected": [*start, answer("12")]}
+    assert parts({"prompt": "Name a prime.", **whole}) == parts(whole)
+
+
+def test_question_that_is_asked_again_is_kept() -> None:
+    again = {"prompt": [ASKED, answer("7")], "chosen": [ASKED, answer("11")], "rejected": [ASKED, answer("7")]}
+    assert parts(again) == [
+        ("chosen", (ASKED, answer("7")), (ASKED, answer("11"))),
+        ("rejected", (ASKED, answer("7")), (ASKED, answer("7"))),
+    ]
+    twice = {"prompt": [ASKED, answer("8"), ASKED], "chosen": [answer("7")], "rejected": [answer("9")]}
+    assert parts(twice, "reward")[0] == ("chosen", (ASKED, answer("8"), ASKED), (answer("7"),))
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_repeated_prompt_has_no_token_of_its_own(tokenizer: AnyTokenizer, objective: Objective) -> None:
+    whole = {"chosen": [ASKED, answer("7")], "rejected": [ASKED, answer("9")]}
+    tokenizer.chat_template = CHAT
+    plain, both = (
+        encode_pairs(documents([row], objective), tokenizer, objective, max_length=99)[0][0]
+        for row in (whole, {"prompt": "Name a prime.", **whole})
+    )
+    texts = [tokenizer.decode(row) for row in both["sequences"]]
+    assert texts == ["user:Name a prime.<|end|>assistant:7<|end|>", "user:Name a prime.<|end|>assistant:9<|end|>"]
+    for name in {"sequences", "answers"} & set(plain):
+        assert [row.tolist() for row in both[name]] == [row.tolist() for row in plain[name]]
 
 
 @given(st.text("ab ", min_size=1, max_size=7), st.text("ab ", min_size=1, max_size=7))
@@ -103,6 +162,22 @@ def test_query_has_its_passages(record: dict[str, Any], names: list[str]) -> Non
             {"chosen": [answer("7")], "rejected": [answer("9")]},
             "a:1: 'chosen' and 'rejected' begin with no message in common, which could be the prompt. Add it as "
             "'prompt'.",
+        ),
+        (
+            "dpo",
+            {"prompt": "Name a number.", "chosen": [ASKED, answer("7")], "rejected": [ASKED, answer("9")]},
+            "a:1: 'prompt' ends with a message of the user, and 'chosen' begins with one of the user. Remove 'prompt' "
+            "if 'chosen' and 'rejected' are whole conversations.",
+        ),
+        (
+            "reward",
+            {"prompt": "Name a prime.", "chosen": [answer("7")], "rejected": [ASKED, answer("9")]},
+            "a:1: 'rejected' begins with the messages of 'prompt', and 'chosen' does not. Remove them from 'rejected'.",
+        ),
+        (
+            "reward",
+            {"prompt": "Name a prime.", "chosen": [ASKED, answer("7")], "rejected": [ASKED]},
+            "a:1: 'chosen' and 'rejected' have no answer after the messages that both begin with.",
         ),
         ("dpo", {"prompt": "", "chosen": "", "rejected": ""}, "a:1: 'chosen' and 'rejected' are empty."),
         (

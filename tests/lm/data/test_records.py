@@ -11,7 +11,8 @@ import pytest
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.records import EXPECTED, PREFERENCES, UNPAIRED, RecordColumns, shape_notes, to_document
+from bigbatch.lm.data.prompt_completion import UNPAIRED
+from bigbatch.lm.data.records import EXPECTED, PREFERENCES, RecordColumns, shape_notes, to_document
 from bigbatch.lm.data.sources import read_corpus
 
 USER, ANSWER = {"role": "user", "content": "Hallo?"}, {"role": "assistant", "content": "Grüß dich."}
@@ -113,6 +114,20 @@ CHATS: dict[str, tuple[dict[str, Any], tuple[dict[str, Any], ...]]] = {
         ({"role": "system", "content": "Kurz."}, USER, ANSWER),
     ),
     "prompt-of-messages-and-text": ({"prompt": [USER], "completion": "Grüß dich."}, (USER, ANSWER)),
+    "completion-that-repeats-the-prompt": (
+        {"prompt": [USER, ANSWER, USER], "completion": [USER, ANSWER, USER, ANSWER]},
+        (USER, ANSWER | {"weight": 0}, USER, ANSWER),
+    ),
+    "completion-that-repeats-text": ({"prompt": "Hallo?\n", "completion": [USER, ANSWER]}, (USER, ANSWER)),
+    "completion-with-system-that-repeats-text": (
+        {"prompt": "Hallo?", "completion": [{"role": "system", "content": "Kurz."}, USER, ANSWER]},
+        ({"role": "system", "content": "Kurz."}, USER, ANSWER),
+    ),
+    "question-asked-again": (
+        {"prompt": [USER, ANSWER], "completion": [USER, ANSWER | {"content": "Ja?"}]},
+        (USER, ANSWER | {"weight": 0}, USER, ANSWER | {"content": "Ja?"}),
+    ),
+    "blank-prompt-and-messages": ({"prompt": "", "completion": [USER, ANSWER]}, (USER, ANSWER)),
     "text-and-completion-of-messages": ({"prompt": "Hallo?", "completion": [ANSWER]}, (USER, ANSWER)),
 }
 

@@ -3,8 +3,9 @@
     chosen, rejected, prompt               dpo and reward: strings, or messages; the prompt is optional
     query or anchor, positive, negative    embedding: strings; no negative, one, or a list of them
 
-Without ``prompt``, the prompt of a pair is what chosen and rejected begin with in common, as in TRL. Other columns are
-ignored. A field that is null is missing.
+Without ``prompt``, the prompt of a pair is what chosen and rejected begin with in common, as in TRL; likewise of
+conversations that both begin with the messages of ``prompt``. Other columns are ignored. A field that is null is
+missing.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from typing import Any, Literal, TypeAlias
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document, Part
 from bigbatch.lm.data.messages import kind_of, listing, to_messages, to_string, to_tools
+from bigbatch.lm.data.prompt_completion import SYSTEM_ROLES, Messages, prompt_messages, split_conversation
 
 Objective: TypeAlias = Literal["sft", "dpo", "reward", "embedding"]
-Content: TypeAlias = "str | tuple[dict[str, Any], ...]"
+Content: TypeAlias = "str | Messages"
 
 PREFERENCE_FIELDS = ("chosen", "rejected")
 QUERY_FIELDS = ("query", "anchor")  # two names of one field
 EQUAL = "preference without a difference"
 """Shape of a pair whose chosen and rejected are equal."""
+
+_NO_ANSWER = "'chosen' and 'rejected' have no answer after the messages that both begin with."
 
 EXPECTED: dict[str, str] = {
     "dpo": "With --objective dpo a record must have 'chosen' and 'rejected', and may have 'prompt'.",
@@ -73,20 +77,13 @@ def _preference(record: Mapping[str, Any], source: str, objective: Objective) ->
             "margins may be ignored."
         )
     given = {name: record[name] for name in ("prompt", *PREFERENCE_FIELDS) if record.get(name) is not None}
-    is_conversation = any(not isinstance(value, str) for value in given.values())
-    contents = {name: _content(value, name, source, is_conversation) for name, value in given.items()}
-    chosen, rejected = (contents[name] for name in PREFERENCE_FIELDS)
-    context = contents.get("prompt")
-    if context is None:
-        size = shared_prefix(chosen, rejected)
-        context, chosen, rejected = chosen[:size], chosen[size:], rejected[size:]
-    if is_conversation and objective == "dpo" and not context:
-        raise InputError(
-            f"{source}: 'chosen' and 'rejected' begin with no message in common, which could be the prompt. Add it as "
-            "'prompt'."
-        )
-    if is_conversation and not (chosen and rejected):
-        raise InputError(f"{source}: 'chosen' and 'rejected' have no answer after the messages that both begin with.")
+    context: Content
+    chosen: Content
+    rejected: Content
+    if is_conversation := any(not isinstance(value, str) for value in given.values()):
+        context, chosen, rejected = _conversations(given, source, objective)
+    else:
+        context, chosen, rejected = _strings(given, source)
     if not any((context, chosen, rejected)):
         raise InputError(f"{source}: 'chosen' and 'rejected' are empty.")
     tools = to_tools(record, source) if is_conversation else None
@@ -94,16 +91,73 @@ def _preference(record: Mapping[str, Any], source: str, objective: Objective) ->
     return Document(source, parts=parts, shape=EQUAL if chosen == rejected else "preference")
 
 
-def _content(value: Any, name: str, source: str, is_conversation: bool) -> Content:
-    """Return a string, or messages without weights: a string among messages is that of the user or the assistant."""
-    if not is_conversation:
-        return to_string(value, f"the field {name!r}", source)
-    if isinstance(value, str):
-        value = [{"role": "user" if name == "prompt" else "assistant", "content": value}]
-    return tuple(
-        {key: entry for key, entry in message.items() if key != "weight"}
-        for message in to_messages(value, name, source)
-    )
+def _strings(given: Mapping[str, Any], source: str) -> tuple[Content, Content, Content]:
+    """Return the prompt, chosen and rejected of a pair of strings."""
+    texts = {name: to_string(value, f"the field {name!r}", source) for name, value in given.items()}
+    chosen, rejected = (texts[name] for name in PREFERENCE_FIELDS)
+    if "prompt" in texts:
+        return texts["prompt"], chosen, rejected
+    size = shared_prefix(chosen, rejected)
+    return chosen[:size], chosen[size:], rejected[size:]
+
+
+def _conversations(given: Mapping[str, Any], source: str, objective: Objective) -> tuple[Messages, Messages, Messages]:
+    """Return the prompt, chosen and rejected of a pair of messages: a string is that of the user or the assistant."""
+    context = _without_weights(prompt_messages(given["prompt"], source)) if "prompt" in given else ()
+    chosen, rejected = (_answer(given[name], name, source) for name in PREFERENCE_FIELDS)
+    wholes = _whole_conversations(context, chosen, rejected, source) if context else (chosen, rejected)
+    if wholes is not None:
+        chosen, rejected = wholes
+        size = shared_prefix(chosen, rejected)
+        context, chosen, rejected = chosen[:size], chosen[size:], rejected[size:]
+    if objective == "dpo" and not context:
+        raise InputError(
+            f"{source}: 'chosen' and 'rejected' begin with no message in common, which could be the prompt. Add it as "
+            "'prompt'."
+        )
+    if not (chosen and rejected):
+        raise InputError(f"{source}: {_NO_ANSWER}")
+    return context, chosen, rejected
+
+
+def _answer(value: object, name: str, source: str) -> Messages:
+    value = [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+    return _without_weights(to_messages(value, name, source))
+
+
+def _without_weights(messages: Messages) -> Messages:
+    return tuple({name: entry for name, entry in message.items() if name != "weight"} for message in messages)
+
+
+def _whole_conversations(
+    prompt: Messages, chosen: Messages, rejected: Messages, source: str
+) -> tuple[Messages, Messages] | None:
+    """Return chosen and rejected as whole conversations if both begin with the prompt; None if they are answers.
+
+    Raises:
+        InputError: One of both begins with the prompt, or has no answer after it, or begins with another question.
+    """
+    found = {}
+    for name, messages in zip(PREFERENCE_FIELDS, (chosen, rejected), strict=True):
+        found[name] = split_conversation(prompt, messages)
+        role = messages[0]["role"]
+        if found[name] is None and prompt[-1]["role"] == "user" and role in ("user", *SYSTEM_ROLES):
+            raise InputError(
+                f"{source}: 'prompt' ends with a message of the user, and {name!r} begins with one of the {role}. "
+                "Remove 'prompt' if 'chosen' and 'rejected' are whole conversations."
+            )
+    wholes = [whole for whole in found.values() if whole is not None]
+    if not wholes or (len(wholes) == 1 and prompt[-1]["role"] != "user"):
+        return None  # answers may begin with a message of the user then, such as the same question again
+    if len(wholes) == 1:
+        one, other = sorted(PREFERENCE_FIELDS, key=lambda name: found[name] is None)
+        raise InputError(
+            f"{source}: {one!r} begins with the messages of 'prompt', and {other!r} does not. Remove them from {one!r}."
+        )
+    if not all(answer for _, answer in wholes):
+        raise InputError(f"{source}: {_NO_ANSWER}")
+    first, second = ((*context, *answer) for context, answer in wholes)
+    return first, second
 
 
 def shared_prefix(chosen: Content, rejected: Content) -> int:

@@ -9,8 +9,6 @@
 
 Other columns are ignored. A field that is null is missing. The shapes of other objectives than next-token prediction
 are those of :mod:`bigbatch.lm.data.pairs`.
-
-Long because every shape is read here.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.messages import NO_TOKEN, check_trainable, kind_of, listing, to_messages, to_string, to_tools
 from bigbatch.lm.data.pairs import EQUAL, Objective, fields_of, has_shape, to_parts
 from bigbatch.lm.data.pairs import EXPECTED as EXPECTED_PARTS
+from bigbatch.lm.data.prompt_completion import to_completion, with_system
 from bigbatch.lm.data.token_records import LABELS, MASKS, TOKENS, has_token_list, to_token_document
 from bigbatch.lm.text import plural
 
@@ -47,7 +46,6 @@ EXPECTED = (
     "or --messages-column."
 )
 PREFERENCES = "Pairs of 'chosen' and 'rejected' are for --objective dpo or reward."
-UNPAIRED = "Unpaired preferences are not for bigbatch train: use a trainer of TRL, made exact with bigbatch."
 
 ALPACA_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 ALPACA_PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -175,7 +173,7 @@ def to_document(record: object, source: str, columns: RecordColumns = ANY_COLUMN
         case "text":
             return _text(record, "text", source)
         case "prompt-completion":
-            return _completion(record, source)
+            return to_completion(record, source)
         case "Alpaca":
             return _alpaca(record, source)
         case "tokens":
@@ -240,53 +238,11 @@ def _value(record: Mapping[str, Any], column: str, flag: str, source: str) -> An
     return record[column]
 
 
-def _completion(record: Mapping[str, Any], source: str) -> Document:
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(record.get("label"), bool) or str(record.get("label")).strip().lower() in ("true", "false"):
-        raise InputError(
-            f"{source}: the record has 'label' {record['label']!r}, and without it bad completions would be trained on "
-            f"like good ones. {UNPAIRED} Or keep the good completions, and remove the column 'label'."
-        )
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        prompt = to_string(prompt, "the field 'prompt'", source)
-        completion = to_string(completion, "the field 'completion'", source)
-        if not completion:
-            raise InputError(f"{source}: the record {NO_TOKEN}: its completion is empty.")
-        unused = [name for name in ("system", "history") if record.get(name)]
-        unused += [name for name in ("tools", "functions") if record.get(name) and to_tools(record, source)]
-        if unused:
-            raise InputError(
-                f"{source}: the record has {listing(unused)} and a prompt that is a string, which cannot use it. "
-                "Add it to 'prompt', make 'prompt' and 'completion' messages, or remove it."
-            )
-        return Document(source, prompt=prompt, completion=completion, shape="prompt-completion")
-    context = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    # What the assistant says in the prompt is context, as in a prompt that is a string.
-    context = [
-        turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in to_messages(context, "prompt", source)
-    ]
-    messages = _with_system((*context, *to_messages(answer, "completion", source)), record, "prompt", source)
-    check_trainable(messages, source)
-    return Document(source, messages=messages, tools=to_tools(record, source), shape="prompt-completion")
-
-
 def _conversation(record: Mapping[str, Any], column: str, source: str, *, shape: str) -> Document:
     messages = to_messages(_value(record, column, "--messages-column", source), column, source)
-    messages = _with_system(messages, record, column, source)
+    messages = with_system(messages, record, column, source)
     check_trainable(messages, source)
     return Document(source, messages=messages, tools=to_tools(record, source), shape=shape)
-
-
-def _with_system(
-    messages: tuple[dict[str, Any], ...], record: Mapping[str, Any], column: str, source: str
-) -> tuple[dict[str, Any], ...]:
-    """Return the messages after that of the column ``system``, if the record has one."""
-    if record.get("system") is None or not (system := to_string(record["system"], "the field 'system'", source)):
-        return messages
-    if messages[0]["role"] in ("system", "developer"):
-        raise InputError(f"{source}: the record has 'system', and {column!r} begins with one. Keep one of them.")
-    return ({"role": "system", "content": system}, *messages)
 
 
 def _is_rendered(record: Mapping[str, Any]) -> bool:
