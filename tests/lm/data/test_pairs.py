@@ -1,5 +1,7 @@
 """Records of pairs and of queries: their shapes, their tokens, and what happens to long ones."""
 
+import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,24 @@ def test_query_has_its_passages(record: dict[str, Any], names: list[str]) -> Non
             {"prompt": "Name a prime.", "chosen": [ASKED, answer("7")], "rejected": [ASKED]},
             "a:1: 'chosen' and 'rejected' have no answer after the messages that both begin with.",
         ),
+        (
+            "dpo",
+            {"prompt": "p", "chosen": str([answer("7")]), "rejected": str([answer("9")])},
+            "a:1: the field 'chosen' is a list of messages in Python's notation, and must be JSON text. Write it with "
+            "json.dumps.",
+        ),
+        (
+            "embedding",
+            {"query": "q", "positive": "p", "negative": "['n', 'm']"},
+            "a:1: the field 'negative' is a list of strings in Python's notation, and must be JSON text. Write it with "
+            "json.dumps.",
+        ),
+        (
+            "embedding",
+            {"query": "q", "positive": "p", "negative": """['it\\d'\n "isn't"]"""},
+            "a:1: the field 'negative' is a list of strings in Python's notation, and must be JSON text. Write it with "
+            "json.dumps.",
+        ),
         ("dpo", {"prompt": "", "chosen": "", "rejected": ""}, "a:1: 'chosen' and 'rejected' are empty."),
         (
             "embedding",
@@ -224,6 +244,30 @@ def test_csv_of_pairs_is_read(tmp_path: Path) -> None:
     path.write_text("chosen,rejected,note\nab,ac,1\n")
     (document,) = read_csv_of(path, "reward")
     assert [part.answer for part in document.parts or ()] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "record"),
+    [
+        ("dpo", {"prompt": [ASKED], "chosen": [answer("7")], "rejected": [answer("9")]}),
+        ("reward", {"prompt": "Name a prime.", "chosen": [ASKED, answer("7")], "rejected": [ASKED, answer("9")]}),
+        ("reward", {"chosen": [ASKED, answer("[7]")], "rejected": [ASKED, answer("[9]")]}),
+        ("embedding", {"query": "q", "positive": "[p]", "negative": ["n, 1", 'm "2"']}),
+        ("embedding", {"query": "q", "positive": "p", "negative": []}),
+    ],
+)
+def test_csv_with_lists_is_read_as_json(objective: Objective, record: dict[str, Any], tmp_path: Path) -> None:
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(record))
+        table.writeheader()
+        table.writerow({name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in record.items()})
+    (document,) = read_csv_of(tmp_path / "a.csv", objective)
+    assert document.parts == to_parts(record, "a:1", objective).parts
+
+
+@pytest.mark.parametrize("text", ["[n]", "[1, 2]", '["n", 2]', '["n" and more', "['n'] is Python", "[n, 'm']"])
+def test_negative_that_is_no_list_of_strings_stays_text(text: str) -> None:
+    assert parts({"query": "q", "positive": "p", "negative": text}, "embedding")[2:] == [("negative", "", text)]
 
 
 def test_key_depends_on_every_part() -> None:

@@ -128,6 +128,14 @@ CHATS: dict[str, tuple[dict[str, Any], tuple[dict[str, Any], ...]]] = {
         (USER, ANSWER | {"weight": 0}, USER, ANSWER | {"content": "Ja?"}),
     ),
     "blank-prompt-and-messages": ({"prompt": "", "completion": [USER, ANSWER]}, (USER, ANSWER)),
+    "prompt-and-completion-as-json-text": (
+        {"system": "Kurz.", "prompt": json.dumps([USER]), "completion": f" {json.dumps([ANSWER], indent=1)}\n"},
+        ({"role": "system", "content": "Kurz."}, USER, ANSWER),
+    ),
+    "text-and-completion-as-json-text": (
+        {"prompt": "Hallo?", "completion": '[{"from": "gpt", "value": "Grüß dich."}]'},
+        (USER, ANSWER),
+    ),
     "text-and-completion-of-messages": ({"prompt": "Hallo?", "completion": [ANSWER]}, (USER, ANSWER)),
 }
 
@@ -369,6 +377,35 @@ def test_table_of_preferences_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         tuple(read_corpus(str(tmp_path / "a.csv")))
     assert str(caught.value).endswith(f"'chosen', 'rejected', none of which can be trained on. {PREFERENCES}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1] says so.",
+        "[]",
+        "[1, 2]",
+        '["user", "content"]',
+        '[{"from": "Paris", "to": "Oslo"}]',
+        '[{"role": "editor", "name": "Ada"}]',
+        '[{"role": "user", "content": "cut',
+        '[{"role": "user", "content": "Hallo?"}, 3]',
+        '{"role": "user", "content": "Hallo?"}',
+        "[{'id': 3}]",
+        "[{'role': 'user'}] is Python.",
+    ],
+)
+def test_text_that_is_no_list_of_messages_stays_text(text: str) -> None:
+    assert document({"prompt": text, "completion": "b"}) == Document("a.jsonl:3", prompt=text, completion="b")
+    assert document({"prompt": "a", "completion": text}) == Document("a.jsonl:3", prompt="a", completion=text)
+
+
+@pytest.mark.parametrize("text", [str([USER]), "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'user'}]"])
+def test_messages_in_notation_of_python_are_rejected(text: str) -> None:
+    assert refusal({"prompt": text, "completion": "b"}) == (
+        "the field 'prompt' is a list of messages in Python's notation, and must be JSON text. Write it with "
+        "json.dumps."
+    )
 
 
 def test_other_columns_do_not_change_completion() -> None:

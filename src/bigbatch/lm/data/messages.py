@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from bigbatch.errors import InputError
+from bigbatch.lm.data.json_text import parsed, parsed_list
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -48,7 +49,7 @@ def to_messages(value: object, field: str, source: str) -> tuple[dict[str, Any],
     Raises:
         InputError: It is no list, is empty, or a message has another form.
     """
-    messages = _parsed_list(value)
+    messages = parsed_list(value)
     if not isinstance(messages, list):
         raise InputError(f"{source}: the field {field!r} is {kind_of(value)} and must be a list.")
     if not messages:
@@ -83,7 +84,7 @@ def to_tools(record: Mapping[str, Any], source: str) -> tuple[dict[str, Any], ..
         value = record.get(field)
         if value is None or (isinstance(value, str) and not value.strip()):
             continue
-        tools = _parsed_list(value)
+        tools = parsed_list(value)
         if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
             raise InputError(
                 f"{source}: the field {field!r} is {kind_of(value)} and must be a list of objects, or its JSON text."
@@ -124,7 +125,7 @@ def _sharegpt_message(entries: dict[str, Any], where: str, source: str) -> dict[
         raise InputError(f"{source}: {where} is from {name!r}; the senders are {known}.")
     value = entries.pop("value")
     if name.lower() == "function_call":
-        call = _parsed(value)
+        call = parsed(value)
         if not isinstance(call, Mapping | list):
             raise InputError(
                 f"{source}: {where} calls a tool, and its value is {kind_of(value)} and must be JSON text."
@@ -184,7 +185,7 @@ def _weight(weight: Any, where: str, source: str) -> int | float:
 
 
 def _tool_calls(calls: object, where: str, source: str) -> list[dict[str, Any]]:
-    calls = _parsed_list(calls)
+    calls = parsed_list(calls)
     if not isinstance(calls, list):
         raise InputError(f"{source}: 'tool_calls' of {where} is {kind_of(calls)} and must be a list.")
     return [_tool_call(call, f"call {number} of {where}", source) for number, call in enumerate(calls, 1)]
@@ -201,7 +202,7 @@ def _tool_call(call: object, what: str, source: str) -> dict[str, Any]:
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise InputError(f"{source}: {what} has no 'function' with a 'name'.")
     given: Any = next((function[name] for name in ("arguments", "parameters") if function.get(name) is not None), {})
-    arguments = _parsed(given) if isinstance(given, str) and given.strip() else given or {}
+    arguments = parsed(given) if isinstance(given, str) and given.strip() else given or {}
     if not isinstance(arguments, Mapping) or not _is_json(arguments):
         raise InputError(
             f"{source}: the arguments of {what} are {kind_of(given)} and must be an object, or the JSON text of one."
@@ -244,22 +245,6 @@ def listing(names: Iterable[Any]) -> str:
     listed = [repr(name) if len(repr(name)) <= LONGEST_NAME else f"{repr(name)[:LONGEST_NAME]}…" for name in names]
     more = [f"and {len(listed) - MOST_LISTED:,} more"] if len(listed) > MOST_LISTED else []
     return ", ".join([*listed[:MOST_LISTED], *more]) or "no field"
-
-
-def _parsed(value: object) -> object:
-    """Return the value of JSON text; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
-def _parsed_list(value: object) -> object:
-    """Return the list of a list's JSON text, as tables of text have it; anything else as it is."""
-    parsed = _parsed(value)
-    return parsed if isinstance(parsed, list) else value
 
 
 def _is_json(value: object) -> bool:

@@ -4,8 +4,8 @@
     query or anchor, positive, negative    embedding: strings; no negative, one, or a list of them
 
 Without ``prompt``, the prompt of a pair is what chosen and rejected begin with in common, as in TRL; likewise of
-conversations that both begin with the messages of ``prompt``. Other columns are ignored. A field that is null is
-missing.
+conversations that both begin with the messages of ``prompt``. Messages and lists of strings may be JSON text. Other
+columns are ignored. A field that is null is missing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document, Part
+from bigbatch.lm.data.json_text import parsed_messages, parsed_strings
 from bigbatch.lm.data.messages import kind_of, listing, to_messages, to_string, to_tools
 from bigbatch.lm.data.prompt_completion import SYSTEM_ROLES, Messages, prompt_messages, split_conversation
 
@@ -76,7 +77,8 @@ def _preference(record: Mapping[str, Any], source: str, objective: Objective) ->
             f"{source}: the record has 'margin', which --objective reward does not use. Remove the column if the "
             "margins may be ignored."
         )
-    given = {name: record[name] for name in ("prompt", *PREFERENCE_FIELDS) if record.get(name) is not None}
+    names = [name for name in ("prompt", *PREFERENCE_FIELDS) if record.get(name) is not None]
+    given = {name: parsed_messages(record[name], name, source) for name in names}
     context: Content
     chosen: Content
     rejected: Content
@@ -91,7 +93,7 @@ def _preference(record: Mapping[str, Any], source: str, objective: Objective) ->
     return Document(source, parts=parts, shape=EQUAL if chosen == rejected else "preference")
 
 
-def _strings(given: Mapping[str, Any], source: str) -> tuple[Content, Content, Content]:
+def _strings(given: Mapping[str, object], source: str) -> tuple[Content, Content, Content]:
     """Return the prompt, chosen and rejected of a pair of strings."""
     texts = {name: to_string(value, f"the field {name!r}", source) for name, value in given.items()}
     chosen, rejected = (texts[name] for name in PREFERENCE_FIELDS)
@@ -101,7 +103,9 @@ def _strings(given: Mapping[str, Any], source: str) -> tuple[Content, Content, C
     return chosen[:size], chosen[size:], rejected[size:]
 
 
-def _conversations(given: Mapping[str, Any], source: str, objective: Objective) -> tuple[Messages, Messages, Messages]:
+def _conversations(
+    given: Mapping[str, object], source: str, objective: Objective
+) -> tuple[Messages, Messages, Messages]:
     """Return the prompt, chosen and rejected of a pair of messages: a string is that of the user or the assistant."""
     context = _without_weights(prompt_messages(given["prompt"], source)) if "prompt" in given else ()
     chosen, rejected = (_answer(given[name], name, source) for name in PREFERENCE_FIELDS)
@@ -178,7 +182,7 @@ def _query(record: Mapping[str, Any], source: str) -> Document:
     names = [name for name in QUERY_FIELDS if record.get(name) is not None]
     if len(names) > 1:
         raise InputError(f"{source}: the record has 'query' and 'anchor', which are two names of one field. Keep one.")
-    negatives = record.get("negative")
+    negatives = parsed_strings(record.get("negative"), "negative", source)
     if negatives is None:
         negatives = []
     elif isinstance(negatives, str):

@@ -1,6 +1,7 @@
 """Records with a prompt and a completion, and how a prompt, a system message and an answer are joined.
 
-    prompt, completion     strings, or messages; a string among messages is that of the user, or of the assistant
+    prompt, completion     strings, or messages, which may be JSON text; a string among messages is that of the user,
+                           or of the assistant
 
 Messages that begin with those of the prompt are a whole conversation, and the prompt is used once.
 """
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
+from bigbatch.lm.data.json_text import parsed_messages
 from bigbatch.lm.data.messages import NO_TOKEN, check_trainable, listing, to_messages, to_string, to_tools
 
 Messages: TypeAlias = "tuple[dict[str, Any], ...]"
@@ -31,7 +33,7 @@ def to_completion(record: Mapping[str, Any], source: str) -> Document:
     Raises:
         InputError: The record has another structure, or no content to train on.
     """
-    prompt, completion = record["prompt"], record["completion"]
+    prompt, completion = (parsed_messages(record[name], name, source) for name in ("prompt", "completion"))
     if isinstance(record.get("label"), bool) or str(record.get("label")).strip().lower() in ("true", "false"):
         raise InputError(
             f"{source}: the record has 'label' {record['label']!r}, and without it bad completions would be trained on "
