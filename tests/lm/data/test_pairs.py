@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,6 +90,54 @@ def test_prompt_of_whole_conversations_is_used_once(prompt: Any, start: list[Any
     assert parts(record, objective) == [
         ("chosen", context, (answer("7"),)),
         ("rejected", context, (answer("9"),)),
+    ]
+
+
+SEVEN, NINE = [answer("7")], [answer("9")]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": [ASKED], "chosen": SEVEN, "rejected": NINE},
+        {"prompt": "Name a prime.", "chosen": SEVEN, "rejected": "9", "history": []},
+        {"prompt": "Name a prime.", "chosen": [ASKED, *SEVEN], "rejected": [ASKED, *NINE], "history": "[]"},
+        {"chosen": [ASKED, *SEVEN], "rejected": [ASKED, *NINE], "history": None},
+    ],
+)
+def test_system_of_a_pair_begins_its_prompt(
+    record: dict[str, Any], objective: Objective, tokenizer: AnyTokenizer
+) -> None:
+    row = {"system": "Be brief.", **record}
+    assert [context for _, context, _ in parts(row, objective)] == [(SYSTEM, ASKED)] * 2
+    assert parts(record | {"system": ""}, objective) == parts(record | {"system": None}, objective)
+    tokenizer.chat_template = CHAT
+    data, _ = encode_pairs(documents([row], objective), tokenizer, objective, max_length=99)
+    start = "system:Be brief.<|end|>user:Name a prime.<|end|>assistant:"
+    assert [tokenizer.decode(row) for row in data[0]["sequences"]] == [f"{start}7<|end|>", f"{start}9<|end|>"]
+
+
+def test_system_of_a_reward_pair_needs_no_prompt() -> None:
+    record = {"system": "Be brief.", "chosen": SEVEN, "rejected": NINE}
+    assert [context for _, context, _ in parts(record, "reward")] == [(SYSTEM,)] * 2
+
+
+def test_system_of_parquet_is_read(tmp_path: Path) -> None:
+    row = {"system": "Be brief.", "prompt": [ASKED], "chosen": SEVEN, "rejected": NINE}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (document,) = read_table(tmp_path / "a.parquet", "dpo")
+    assert document.parts == to_parts(row, "a:1", "dpo").parts
+    row = {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m", "negatives": "x"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "b.parquet")
+    (document,) = read_table(tmp_path / "b.parquet", "embedding")
+    assert [part.answer for part in document.parts or ()] == ["q", "p", "n", "m"]
+
+
+def test_numbered_negatives_are_read_in_order() -> None:
+    record = {"negative_10": "c", "negative_2": "b", "negative_3": None, "negative_1": "a", "negative": None}
+    assert parts({"anchor": "q", "positive": "p", "negative_x": "x", **record}, "embedding")[2:] == [
+        ("negative", "", text) for text in "abc"
     ]
 
 
@@ -199,6 +249,43 @@ def test_query_has_its_passages(record: dict[str, Any], names: list[str]) -> Non
             "a:1: the field 'negative' is a list of strings in Python's notation, and must be JSON text. Write it with "
             "json.dumps.",
         ),
+        (
+            "dpo",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "system": "s", "history": [["q", "a"]], "tools": [{}]},
+            "a:1: the record has 'system', 'history', 'tools' and a prompt that is a string, which cannot use it. Add "
+            "it to 'prompt', make 'chosen' and 'rejected' messages, or remove it.",
+        ),
+        (
+            "reward",
+            {"chosen": "a", "rejected": "b", "system": "s"},
+            "a:1: the record has 'system' and answers that are strings, which cannot use it. Add it to 'prompt', make "
+            "'chosen' and 'rejected' messages, or remove it.",
+        ),
+        (
+            "dpo",
+            {"prompt": [SYSTEM, ASKED], "chosen": "7", "rejected": "9", "system": "s"},
+            "a:1: the record has 'system', and 'prompt' begins with one. Keep one of them.",
+        ),
+        (
+            "reward",
+            {"chosen": [ASKED, answer("7")], "rejected": [SYSTEM, ASKED, answer("9")], "system": "s"},
+            "a:1: the record has 'system', and 'rejected' begins with one. Keep one of them.",
+        ),
+        (
+            "dpo",
+            {"prompt": [ASKED], "chosen": "7", "rejected": "9", "history": [["q", "a"]]},
+            "a:1: the record has 'history', which is not used with messages. Add its turns to 'prompt', or remove it.",
+        ),
+        (
+            "embedding",
+            {"query": "q", "positive": "p", "negative": "n", "negative_1": "m"},
+            "a:1: the record has 'negative' and 'negative_1'. Keep one form of negatives.",
+        ),
+        (
+            "embedding",
+            {"query": "q", "positive": "p", "negative_1": "m", "negative_2": ""},
+            "a:1: the field 'negative_2' is empty.",
+        ),
         ("dpo", {"prompt": "", "chosen": "", "rejected": ""}, "a:1: 'chosen' and 'rejected' are empty."),
         (
             "embedding",
@@ -226,7 +313,7 @@ def test_pairs_without_a_difference_are_counted() -> None:
     ]
 
 
-def read_csv_of(path: Path, objective: Objective) -> list[Document]:
+def read_table(path: Path, objective: Objective) -> list[Document]:
     options = ReadOptions(columns=RecordColumns(objective=objective))
     return [document for corpus in open_sources([str(path)], options=options).training for document in corpus]
 
@@ -235,14 +322,14 @@ def test_table_without_the_columns_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion\na,b\n")
     with pytest.raises(InputError) as caught:
-        read_csv_of(path, "dpo")
+        read_table(path, "dpo")
     assert str(caught.value).endswith(f"has the columns 'prompt', 'completion'. {EXPECTED['dpo']}")
 
 
 def test_csv_of_pairs_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("chosen,rejected,note\nab,ac,1\n")
-    (document,) = read_csv_of(path, "reward")
+    (document,) = read_table(path, "reward")
     assert [part.answer for part in document.parts or ()] == ["b", "c"]
 
 
@@ -261,7 +348,7 @@ def test_csv_with_lists_is_read_as_json(objective: Objective, record: dict[str, 
         table = csv.DictWriter(file, list(record))
         table.writeheader()
         table.writerow({name: cell if isinstance(cell, str) else json.dumps(cell) for name, cell in record.items()})
-    (document,) = read_csv_of(tmp_path / "a.csv", objective)
+    (document,) = read_table(tmp_path / "a.csv", objective)
     assert document.parts == to_parts(record, "a:1", objective).parts
 
 

@@ -266,6 +266,10 @@ def test_saved_dataset_of_chats_is_read(tmp_path: Path) -> None:
             {"prompt": [{"role": "system", "content": "a"}, USER], "completion": [ANSWER], "system": "b"},
             "the record has 'system', and 'prompt' begins with one. Keep one of them.",
         ),
+        (
+            {"prompt": [USER], "completion": [ANSWER], "history": [["a", "b"]]},
+            "the record has 'history', which is not used with messages. Add its turns to 'prompt', or remove it.",
+        ),
         ({"text": None, "id": None}, "the record cannot be trained on: its 'text' is null."),
         ({"prompt": "a", "completion": None}, "the record cannot be trained on: its 'completion' is null."),
         (
@@ -409,7 +413,7 @@ def test_messages_in_notation_of_python_are_rejected(text: str) -> None:
 
 
 def test_other_columns_do_not_change_completion() -> None:
-    record = {"prompt": "a", "completion": "b", "label": 1, "system": "", "history": [], "tools": "[]"}
+    record = {"prompt": "a", "completion": "b", "label": 1, "system": "", "history": "[]", "tools": "[]"}
     assert document(record) == Document("a.jsonl:3", prompt="a", completion="b")
 
 

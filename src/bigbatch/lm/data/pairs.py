@@ -1,7 +1,9 @@
 """Shapes of records whose sequences are compared: pairs of answers, and queries with their passages.
 
-    chosen, rejected, prompt               dpo and reward: strings, or messages; the prompt is optional
+    chosen, rejected, prompt, system       dpo and reward: strings, or messages; the prompt is optional, and so is the
+                                           system message, before messages only
     query or anchor, positive, negative    embedding: strings; no negative, one, or a list of them
+    negative_1, negative_2, ...            in place of negative
 
 Without ``prompt``, the prompt of a pair is what chosen and rejected begin with in common, as in TRL; likewise of
 conversations that both begin with the messages of ``prompt``. Messages and lists of strings may be JSON text. Other
@@ -10,6 +12,7 @@ columns are ignored. A field that is null is missing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, Literal, TypeAlias
@@ -18,7 +21,15 @@ from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document, Part
 from bigbatch.lm.data.json_text import parsed_messages, parsed_strings
 from bigbatch.lm.data.messages import kind_of, listing, to_messages, to_string, to_tools
-from bigbatch.lm.data.prompt_completion import SYSTEM_ROLES, Messages, prompt_messages, split_conversation
+from bigbatch.lm.data.prompt_completion import (
+    SYSTEM_ROLES,
+    Messages,
+    check_all_used,
+    check_no_history,
+    prompt_messages,
+    split_conversation,
+    with_system,
+)
 
 Objective: TypeAlias = Literal["sft", "dpo", "reward", "embedding"]
 Content: TypeAlias = "str | Messages"
@@ -34,16 +45,25 @@ EXPECTED: dict[str, str] = {
     "dpo": "With --objective dpo a record must have 'chosen' and 'rejected', and may have 'prompt'.",
     "reward": "With --objective reward a record must have 'chosen' and 'rejected', and may have 'prompt'.",
     "embedding": (
-        "With --objective embedding a record must have 'query' (or 'anchor') and 'positive', and may have 'negative'."
+        "With --objective embedding a record must have 'query' (or 'anchor') and 'positive', and may have 'negative' "
+        "(or 'negative_1', 'negative_2' and so on)."
     ),
 }
 
 
+_NUMBERED_NEGATIVE = re.compile(r"negative_(\d+)", re.ASCII)  # of the n-tuples of sentence-transformers
+
+
 def fields_of(objective: Objective) -> tuple[str, ...]:
-    """Return the names of the fields that records of an objective are read from."""
+    """Return the names of the fields that records of an objective are read from, without numbered ones."""
     if objective == "embedding":
         return (*QUERY_FIELDS, "positive", "negative")
-    return (*PREFERENCE_FIELDS, "prompt", "tools", "functions", "margin")
+    return (*PREFERENCE_FIELDS, "prompt", "system", "history", "tools", "functions", "margin")
+
+
+def is_field(name: str, objective: Objective) -> bool:
+    """Return whether records of an objective are read from the field of this name."""
+    return name in fields_of(objective) or (objective == "embedding" and _NUMBERED_NEGATIVE.fullmatch(name) is not None)
 
 
 def has_shape(names: set[str], objective: Objective) -> bool:
@@ -84,7 +104,10 @@ def _preference(record: Mapping[str, Any], source: str, objective: Objective) ->
     rejected: Content
     if is_conversation := any(not isinstance(value, str) for value in given.values()):
         context, chosen, rejected = _conversations(given, source, objective)
+        context = _with_system(context, chosen, rejected, record, source)
     else:
+        strings = "a prompt that is a string" if "prompt" in given else "answers that are strings"
+        check_all_used(record, strings, PREFERENCE_FIELDS, source)
         context, chosen, rejected = _strings(given, source)
     if not any((context, chosen, rejected)):
         raise InputError(f"{source}: 'chosen' and 'rejected' are empty.")
@@ -122,6 +145,22 @@ def _conversations(
     if not (chosen and rejected):
         raise InputError(f"{source}: {_NO_ANSWER}")
     return context, chosen, rejected
+
+
+def _with_system(
+    context: Messages, chosen: Messages, rejected: Messages, record: Mapping[str, Any], source: str
+) -> Messages:
+    """Return the prompt after the message of the column ``system``, if the record has one.
+
+    Raises:
+        InputError: The prompt or an answer begins with one, too; or there are earlier turns in a column.
+    """
+    check_no_history(record, source)
+    if context:
+        return with_system(context, record, "prompt" if record.get("prompt") else "chosen", source)
+    for name, answer in zip(PREFERENCE_FIELDS, (chosen, rejected), strict=True):
+        with_system(answer, record, name, source)  # for its error
+    return with_system((), record, "prompt", source)
 
 
 def _answer(value: object, name: str, source: str) -> Messages:
@@ -182,19 +221,27 @@ def _query(record: Mapping[str, Any], source: str) -> Document:
     names = [name for name in QUERY_FIELDS if record.get(name) is not None]
     if len(names) > 1:
         raise InputError(f"{source}: the record has 'query' and 'anchor', which are two names of one field. Keep one.")
-    negatives = parsed_strings(record.get("negative"), "negative", source)
-    if negatives is None:
-        negatives = []
-    elif isinstance(negatives, str):
-        negatives = [negatives]
-    elif not isinstance(negatives, list):
-        raise InputError(f"{source}: the field 'negative' is {kind_of(negatives)} and must be a string or a list.")
-    given = [(names[0], record[names[0]]), ("positive", record["positive"])]
-    given += [("negative", negative) for negative in negatives]
+    given = [(name, record[name]) for name in (names[0], "positive")] + _negatives(record, source)
     parts = []
     for name, value in given:
         text = to_string(value, f"the field {name!r}", source)
         if not text.strip():
             raise InputError(f"{source}: the field {name!r} is empty.")
-        parts.append(Part("query" if name in QUERY_FIELDS else name, "", text))
+        part = "query" if name in QUERY_FIELDS else "positive" if name == "positive" else "negative"
+        parts.append(Part(part, "", text))
     return Document(source, parts=tuple(parts), shape="query")
+
+
+def _negatives(record: Mapping[str, Any], source: str) -> list[tuple[str, Any]]:
+    """Return the negatives of a query, each with its field: ``negative``, or ``negative_1`` and so on, in order."""
+    matches = [match for name in record if (match := _NUMBERED_NEGATIVE.fullmatch(name)) is not None]
+    numbered = [match[0] for match in sorted(matches, key=lambda match: int(match[1]))]
+    numbered = [name for name in numbered if record[name] is not None]
+    negatives = parsed_strings(record.get("negative"), "negative", source)
+    if negatives is None:
+        return [(name, record[name]) for name in numbered]
+    if numbered:
+        raise InputError(f"{source}: the record has 'negative' and {listing(numbered)}. Keep one form of negatives.")
+    if not isinstance(negatives, str | list):
+        raise InputError(f"{source}: the field 'negative' is {kind_of(negatives)} and must be a string or a list.")
+    return [("negative", negative) for negative in ([negatives] if isinstance(negatives, str) else negatives)]

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
-from bigbatch.lm.data.json_text import parsed_messages
+from bigbatch.lm.data.json_text import parsed_list, parsed_messages
 from bigbatch.lm.data.messages import NO_TOKEN, check_trainable, listing, to_messages, to_string, to_tools
 
 Messages: TypeAlias = "tuple[dict[str, Any], ...]"
@@ -44,14 +44,9 @@ def to_completion(record: Mapping[str, Any], source: str) -> Document:
         completion = to_string(completion, "the field 'completion'", source)
         if not completion:
             raise InputError(f"{source}: the record {NO_TOKEN}: its completion is empty.")
-        unused = [name for name in ("system", "history") if record.get(name)]
-        unused += [name for name in ("tools", "functions") if record.get(name) and to_tools(record, source)]
-        if unused:
-            raise InputError(
-                f"{source}: the record has {listing(unused)} and a prompt that is a string, which cannot use it. "
-                "Add it to 'prompt', make 'prompt' and 'completion' messages, or remove it."
-            )
+        check_all_used(record, "a prompt that is a string", ("prompt", "completion"), source)
         return Document(source, prompt=prompt, completion=completion, shape="prompt-completion")
+    check_no_history(record, source)
     context = prompt_messages(prompt, source)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     answer = to_messages(answer, "completion", source)
@@ -73,6 +68,42 @@ def prompt_messages(prompt: object, source: str) -> Messages:
     if not isinstance(prompt, str):
         return to_messages(prompt, "prompt", source)
     return to_messages([{"role": "user", "content": prompt}], "prompt", source) if prompt.strip() else ()
+
+
+def check_all_used(record: Mapping[str, Any], strings: str, fields: tuple[str, ...], source: str) -> None:
+    """Check that a record of strings has no field that only messages can use.
+
+    Args:
+        record: The record.
+        strings: What of it is a string, for the message.
+        fields: The fields that would have to be messages.
+        source: Names the record in messages, as ``path:line``.
+
+    Raises:
+        InputError: It has one; the message names it.
+    """
+    unused = ["system"] if record.get("system") else []
+    unused += ["history"] if parsed_list(record.get("history")) else []
+    unused += [name for name in ("tools", "functions") if record.get(name) and to_tools(record, source)]
+    if unused:
+        first, *others = map(repr, fields)
+        raise InputError(
+            f"{source}: the record has {listing(unused)} and {strings}, which cannot use it. "
+            f"Add it to 'prompt', make {first} and {' and '.join(others)} messages, or remove it."
+        )
+
+
+def check_no_history(record: Mapping[str, Any], source: str) -> None:
+    """Check that a record of messages has no column with earlier turns.
+
+    Raises:
+        InputError: It has one.
+    """
+    if parsed_list(record.get("history")):
+        raise InputError(
+            f"{source}: the record has 'history', which is not used with messages. Add its turns to 'prompt', or "
+            "remove it."
+        )
 
 
 def split_conversation(prompt: Messages, messages: Messages) -> tuple[Messages, Messages] | None:

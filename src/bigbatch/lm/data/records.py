@@ -22,7 +22,7 @@ from typing import Any
 from bigbatch.errors import InputError
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.messages import NO_TOKEN, check_trainable, kind_of, listing, to_messages, to_string, to_tools
-from bigbatch.lm.data.pairs import EQUAL, Objective, fields_of, has_shape, to_parts
+from bigbatch.lm.data.pairs import EQUAL, Objective, fields_of, has_shape, is_field, to_parts
 from bigbatch.lm.data.pairs import EXPECTED as EXPECTED_PARTS
 from bigbatch.lm.data.prompt_completion import to_completion, with_system
 from bigbatch.lm.data.token_records import LABELS, MASKS, TOKENS, has_token_list, to_token_document
@@ -98,7 +98,7 @@ class RecordColumns:
         """Return those names of a table's columns that a record may be read from."""
         names = list(names)
         if self.objective != "sft":
-            return [name for name in names if name in fields_of(self.objective)]
+            return [name for name in names if is_field(name, self.objective)]
         if self.text is not None:
             return [name for name in names if name == self.text]
         wanted = (self.messages, *_BESIDES) if self.messages is not None else (*FIELDS, *_BESIDES)
