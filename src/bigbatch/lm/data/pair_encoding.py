@@ -12,14 +12,15 @@ without other special tokens and without an end token that it does not write.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, takewhile
+from itertools import chain
 from typing import NamedTuple, NoReturn
 
 from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import ConversationRenderer
 from bigbatch.lm.data.documents import Document, Part
 from bigbatch.lm.data.pairs import EXPECTED, Objective
-from bigbatch.lm.data.tokenization import Encoded, tokenize_texts
+from bigbatch.lm.data.text_tokens import num_shared, tokenize_texts
+from bigbatch.lm.data.tokenization import Encoded
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
 
@@ -95,7 +96,7 @@ class PairEncoder:
             start = 0
             if self._objective == "dpo":
                 prompts = [tokens[text.prompt, text.has_special_tokens] for text in found]
-                start = min(map(_shared, prompts, wholes))
+                start = min(map(num_shared, prompts, wholes))
             masked = max(start, 1)
             least = masked + 1 if self._objective == "dpo" else 1
             if min(map(len, wholes)) < least:
@@ -138,11 +139,6 @@ class PairEncoder:
             rows = tokenize_texts(self.tokenizer, different, add_special_tokens=not has_special_tokens)
             found |= {(string, has_special_tokens): row for string, row in zip(different, rows, strict=True)}
         return found
-
-
-def _shared(prompt: list[int], whole: list[int]) -> int:
-    """Return how many tokens both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
 
 
 def _refuse(message: str, broken: list[str] | None) -> None:

@@ -1,7 +1,8 @@
 """Tokenize documents with a training mask; the only module that handles a tokenizer's special tokens.
 
 text             prefix + text + end                  every token but the first is trained on
-prompt           prefix + prompt | completion + end   the tokens after the bar are trained on
+prompt           prefix + prompt | completion + end   the tokens after the bar are trained on; tokenized separately, or
+                                                      as one text where a tokenizer would put a space between both
 messages         the chat template's rendering        what the assistant says is trained on, end marks included
 tokens           as they are                          those that their labels or masks train on
 
@@ -15,12 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from transformers import PreTrainedTokenizerFast
-
 from bigbatch.errors import InputError
 from bigbatch.lm.data.conversations import ConversationRenderer, Rendering, Span, TrainOn
 from bigbatch.lm.data.documents import Document
 from bigbatch.lm.data.reading import advised
+from bigbatch.lm.data.text_tokens import JoinedTexts, num_shared, releases_gil, tokenize_texts
 from bigbatch.lm.data.token_records import all_but_first, foreign_token, token_ids
 from bigbatch.lm.data.tokenizer import AnyTokenizer
 
@@ -28,7 +28,6 @@ BATCH_CHARACTERS = 500_000
 BATCH_DOCUMENTS = 1_000
 
 _Made: TypeAlias = "tuple[list[int], bytes, array[float] | None]"  # tokens, trained, weights
-_PLAIN_ENCODE = PreTrainedTokenizerFast._encode_plus
 
 
 @dataclass(frozen=True)
@@ -87,12 +86,13 @@ class DocumentEncoder:
         self.tokenizer = tokenizer
         self._train_on = train_on
         self._special_tokens = _SpecialTokens.of(tokenizer)
+        self.joined_texts = JoinedTexts.of(tokenizer)
         self._renderer: ConversationRenderer | None = None
 
     @property
     def releases_gil(self) -> bool:
         """Whether texts are tokenized outside of Python, so that several threads can do so at a time."""
-        return _is_plain(self.tokenizer)
+        return releases_gil(self.tokenizer)
 
     def texts(self, texts: list[str]) -> tuple[list[int], list[list[int]], int]:
         """Return the tokens before each text, those of each text, and the token after it; as `encode` joins them."""
@@ -121,7 +121,7 @@ class DocumentEncoder:
         Raises:
             InputError: As `encode_documents` raises it, but not if no document can be encoded.
         """
-        plain = iter(tokenize_texts(self.tokenizer, [text for document in batch for text in _strings(document)]))
+        plain = iter(tokenize_texts(self.tokenizer, [text for document in batch for text in self._strings(document)]))
         for group in _groups(self._parts(batch, plain, broken)):
             found = self._with_offsets([part.text for _, part in group if isinstance(part, Rendering)])
             row = 0
@@ -135,6 +135,24 @@ class DocumentEncoder:
                 else:
                     _refuse(f"{batch[place].source} yields no training token with this tokenizer.", broken)
 
+    def _strings(self, document: Document) -> tuple[str, ...]:
+        """Return the strings of a document to tokenize directly; none for a conversation, which needs its template."""
+        if self._is_joined(document):
+            prompt, completion = document.texts
+            return prompt, prompt + completion
+        return document.texts if document.messages is None else ()
+
+    def _is_joined(self, document: Document) -> bool:
+        """Return whether a prompt is tokenized together with its completion."""
+        return document.completion is not None and self.joined_texts.has(document.completion)
+
+    def _parted(self, document: Document, prompt: list[int], tokens: list[int]) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt and of its completion, from the tokens of `_strings`."""
+        if not self._is_joined(document):
+            return prompt, tokens
+        size = num_shared(prompt, tokens)
+        return tokens[:size], tokens[size:]
+
     def _parts(
         self, batch: list[Document], plain: Iterator[list[int]], broken: list[str] | None
     ) -> Iterator[tuple[int, _Made | Rendering]]:
@@ -146,7 +164,7 @@ class DocumentEncoder:
                 if self.accepts(document, broken):
                     yield place, (token_ids(document).tolist(), document.trained or all_but_first(document), None)
             elif document.messages is None:
-                yield place, self._special_tokens.completion(next(plain), next(plain))
+                yield place, self._special_tokens.completion(*self._parted(document, next(plain), next(plain)))
             else:
                 for rendering in self._render(document, broken):
                     yield place, rendering
@@ -260,42 +278,6 @@ def _tokens_of(found: Any, row: int, span: Span) -> tuple[int, int]:
     first = next((token for place in inside if (token := found.char_to_token(row, place)) is not None), None)
     last = next((token for place in reversed(inside) if (token := found.char_to_token(row, place)) is not None), None)
     return (0, 0) if first is None or last is None else (first, last + 1)
-
-
-def _strings(document: Document) -> tuple[str, ...]:
-    """Return the strings of a document to tokenize directly; none for a conversation, which needs its template."""
-    return document.texts if document.messages is None else ()
-
-
-def _is_plain(tokenizer: AnyTokenizer) -> bool:
-    return getattr(type(tokenizer), "_encode_plus", None) is _PLAIN_ENCODE
-
-
-def tokenize_texts(tokenizer: AnyTokenizer, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
-    """Return the tokens of each text, without truncation; with the special tokens that the tokenizer adds, or none."""
-    if not texts:
-        return []
-    if _is_plain(tokenizer):
-        backend: Any = tokenizer.backend_tokenizer  # as transformers calls it, without its work for each text
-        if backend.truncation is not None:  # set only what differs: other threads may encode with it
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        if backend.encode_special_tokens != tokenizer.split_special_tokens:
-            backend.encode_special_tokens = tokenizer.split_special_tokens
-        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
-    # verbose=False: transformers would warn about texts longer than the model supports; they are cut later.
-    found: Any = tokenizer(
-        texts,
-        add_special_tokens=add_special_tokens,
-        truncation=False,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    ids: list[list[int]] = found["input_ids"]
-    return ids
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

@@ -90,6 +90,8 @@ class Tokenization:
                 "data": corpus_state(corpus, by_content=self.by_content),
                 "tokenizer": tokenizer_state(self.encoding.tokenizer),
                 "settings": dict(self.settings),
+                # of 0.2.0: others keep the tokens that they have
+                **({"prompts": "with their completions"} if self.encoding.joins_texts else {}),
             }
         )
 

@@ -58,6 +58,11 @@ class Encoding:
             return PairEncoder(self.tokenizer, self.objective)
         return DocumentEncoder(self.tokenizer, train_on=self.train_on)
 
+    @property
+    def joins_texts(self) -> bool:
+        """Whether prompts with strings as completions are tokenized as one text, of which the tokens may differ."""
+        return isinstance(self.encoder, DocumentEncoder) and bool(self.encoder.joined_texts)
+
     def encode(self, batch: Batch) -> Block:
         """Encode a batch in this process."""
         return encode_batch(batch, self.encoder, skip_broken=self.skip_broken)
