@@ -27,6 +27,9 @@ def read_csv(
     contain delimiters, line ends and doubled quotes. Blank lines are skipped, as in JSON lines. The delimiter is that
     of the suffix unless the first row has none and has another one.
 
+    An open quote makes the rest of a file, or all up to the next quote, one cell. After a row that is not valid CSV,
+    reading continues at the line after its first one, if broken records are skipped.
+
     Args:
         file: The file.
         source: Names it in messages.
@@ -64,8 +67,9 @@ def _records(
     for row, line in rows:
         place = f"{source}:{line}"
         if isinstance(row, csv.Error):
-            reading.skip_record(InputError(f"{place}: not valid CSV: {row}."))
-        elif row and (problem := _problem(row, header, place)) is not None:
+            reading.skip_record(InputError(f"{place}: not valid CSV: {row}{_reach(lines, reading)}."))
+            lines.put_back_after_first()
+        elif row and (problem := _problem(row, header, place, lines.in_row)) is not None:
             reading.skip_record(InputError(problem))
         elif row:
             yield dict(zip(header, row, strict=True)), place
@@ -75,6 +79,7 @@ def _rows(lines: _Lines, delimiter: str) -> Iterator[tuple[list[str] | csv.Error
     """Yield the cells of each row, or its error, with the number of its first line."""
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
+        lines.begin_row()
         first = lines.number + 1
         limit = csv.field_size_limit(LARGEST_RECORD)  # of the whole process
         try:
@@ -88,11 +93,24 @@ def _rows(lines: _Lines, delimiter: str) -> Iterator[tuple[list[str] | csv.Error
         yield row, first
 
 
-def _problem(row: list[str], header: list[str], place: str) -> str | None:
+def _reach(lines: _Lines, reading: Reading) -> str:
+    """Return how far a row that is not valid and is skipped reached; nothing of others, and of a single line."""
+    if not reading.options.skip_broken or lines.in_row < 2:
+        return ""
+    return (
+        f" (its quotes reach over {lines.in_row:,} lines; those after the first are read again, as rows of their own)"
+    )
+
+
+def _problem(row: list[str], header: list[str], place: str, num_lines: int) -> str | None:
     """Return the sentence for a row that is not a record; None for others."""
     if len(row) != len(header):
         cells, columns = (f"{n} cell{'s' * (n != 1)}" for n in (len(row), len(header)))
-        return f"{place}: the row has {cells}, and the first row {columns}. Put text with delimiters in double quotes."
+        reach = f" over {num_lines:,} lines" if num_lines > 1 else ""
+        return (
+            f"{place}: the row has {cells}{reach}, and the first row {columns}. Put text with delimiters in double "
+            "quotes."
+        )
     text = "".join(row)
     if "\0" in text:
         return f"{place}: the row has a NUL byte, which is not text. Remove it."
@@ -110,6 +128,7 @@ class _Lines(Iterable[str]):
         self._text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         self._source = source
         self._next: list[str] = []
+        self._row: list[str] = []
         self.number = 0  # lines returned so far
 
     def __iter__(self) -> Iterator[str]:
@@ -122,7 +141,22 @@ class _Lines(Iterable[str]):
         if len(line) > LARGEST_RECORD:
             raise InputError(f"{self._source}:{self.number + 1}: the line {TOO_LARGE}. Cut it into several.")
         self.number += 1
+        self._row.append(line)
         return line
+
+    @property
+    def in_row(self) -> int:
+        """How many lines were returned since `begin_row`."""
+        return len(self._row)
+
+    def begin_row(self) -> None:
+        """Forget the lines that were returned."""
+        self._row = []
+
+    def put_back_after_first(self) -> None:
+        """Return the lines since `begin_row` again, but for the first one."""
+        for line in reversed(self._row[1:]):
+            self.put_back(line)
 
     def close(self) -> None:
         """Release the file, which stays open."""

@@ -90,7 +90,7 @@ class Tokenization:
                 "data": corpus_state(corpus, by_content=self.by_content),
                 "tokenizer": tokenizer_state(self.encoding.tokenizer),
                 "settings": dict(self.settings),
-                # of 0.2.0: others keep the tokens that they have
+                # only then: stores of other tokenizers stay valid
                 **({"prompts": "with their completions"} if self.encoding.joins_texts else {}),
             }
         )
