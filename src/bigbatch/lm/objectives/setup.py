@@ -1,6 +1,6 @@
 """Set up a model for an objective that compares sequences: adapters, loss, metrics, and what is saved with the model.
 
-model → LoRA → activation checkpointing → loss → ModelSetup, whose rows are padded and whose layers run eagerly
+model → no dropout (dpo, reward) → LoRA → activation checkpointing → loss → ModelSetup: padded rows, eager layers
 """
 
 from functools import partial
@@ -18,6 +18,7 @@ from bigbatch.lm.model.meta_setup import with_lora_on_meta
 from bigbatch.lm.model.setup import ModelOutline, ModelSetup, layers_of, with_lora
 from bigbatch.lm.model.weights import Weights
 from bigbatch.lm.objectives.dpo import DPOLoss
+from bigbatch.lm.objectives.dropout import OBJECTIVES, disable_dropout, write_dropout_rates
 from bigbatch.lm.objectives.embedding import EmbeddingLoss, write_sentence_transformers_files
 from bigbatch.lm.objectives.pair_metrics import PairMetrics
 from bigbatch.lm.objectives.reward import RewardLoss
@@ -41,6 +42,10 @@ def set_up_objective(
     notes: list[str] = []
     if device_spec.precision == "float64":
         use_float64_experts(model)
+    write_files = None
+    if config.objective in OBJECTIVES and (rates := disable_dropout(model)) is not None:
+        notes.append(f"the dropout of the model is set to 0 for --objective {config.objective}")
+        write_files = partial(write_dropout_rates, rates=rates)
     if config.lora_rank:
         model = with_lora(model, config) if weights is None else with_lora_on_meta(model, weights, config)
         if not config.saves_adapters:
@@ -50,7 +55,6 @@ def set_up_objective(
     model = (model.to(device_spec.device) if weights is None else model).train()
     loss_fn, metrics = make_loss(config, device_spec)
     notes += offload_notes(config.gradient_checkpointing, device_spec.device, captures=False)
-    write_files = None
     if config.objective == "embedding":
         assert config.max_length is not None, "set before the model is set up"
         write_files = partial(
@@ -84,6 +88,8 @@ def outline_objective(model: Any, config: TrainConfig, device_spec: DeviceSpec, 
     Raises:
         InputError: The model does not support what the configuration asks for.
     """
+    if config.objective in OBJECTIVES:
+        disable_dropout(model)
     if config.lora_rank:
         model = with_lora(model, config)
     layers_of(model, config)

@@ -27,6 +27,7 @@ from bigbatch.lm.data.chat_templates import template_digest
 from bigbatch.lm.data.model_files import tokenizer_digest
 from bigbatch.lm.files import read_json
 from bigbatch.lm.model.quantization import weights_dtype_of
+from bigbatch.lm.objectives.dropout import OBJECTIVES as DROPOUT_FREE
 from bigbatch.lm.runs.file_names import CONFIG
 from bigbatch.lm.runs.identity import RunIdentity, digest_of, read_identity
 from bigbatch.lm.text import describe_invalid
@@ -313,6 +314,12 @@ def _check_fingerprint(config: TrainConfig, before: Mapping[str, Any], now: Mapp
         )
     if (change := _difference(before.get("model") or {}, now["model"])) is not None:
         name, one, other = change
+        if config.objective in DROPOUT_FREE and "drop" in name and other == 0:
+            raise InputError(
+                f"{config.out} was started by an earlier version of bigbatch, which trained with the dropout of "
+                f"{config.model} ({name} {one}), and this version sets it to 0 for --objective {config.objective}. "
+                "Start a new run."
+            )
         raise InputError(
             f"the configuration of the model {config.model} has changed since {config.out} was started: {name} is "
             f"{other} and was {one}. Restore it, or start a new run."
