@@ -12,6 +12,7 @@ that is learned, such as a temperature, is a parameter, or a function of the mod
 
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
+from numbers import Real
 from typing import Any, Protocol, TypeAlias, overload
 
 import torch
@@ -61,6 +62,13 @@ def _of_model(function: Callable[..., Tensor], options: Mapping[str, Any], model
     return function(*(features if isinstance(features, tuple | list) else (features,)), **known)
 
 
+def _positive(name: str, value: Scale) -> Scale:
+    """Return a number after checking it; a tensor, whose value is on a device, as it is."""
+    if not isinstance(value, Tensor) and not (isinstance(value, Real) and value > 0):
+        raise ValueError(f"{name} is {value!r}: it must be a number above 0.")
+    return value
+
+
 @_batch_loss
 def info_nce(queries: Tensor, keys: Tensor, *, temperature: Scale = 0.07) -> Tensor:
     """Return the mean cross-entropy of finding the key of each query among all keys, by cosine similarity.
@@ -72,7 +80,7 @@ def info_nce(queries: Tensor, keys: Tensor, *, temperature: Scale = 0.07) -> Ten
         keys: ``[samples, width]``; key i belongs to query i.
         temperature: Divides the similarities.
     """
-    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / temperature
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T / _positive("temperature", temperature)
     return F.cross_entropy(logits, torch.arange(len(queries), device=queries.device))
 
 
@@ -87,7 +95,7 @@ def clip(images: Tensor, texts: Tensor, *, logit_scale: Scale = 1 / 0.07) -> Ten
         texts: ``[samples, width]``; text i belongs to image i.
         logit_scale: Multiplies the cosine similarities: CLIP's learned ``log_scale.exp()``.
     """
-    logits = logit_scale * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+    logits = _positive("logit_scale", logit_scale) * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
     labels = torch.arange(len(images), device=images.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
@@ -109,7 +117,8 @@ def sup_con(features: Tensor, labels: Tensor, *, temperature: Scale = 0.07) -> T
     classes = labels.repeat_interleave(views)
     itself = torch.eye(len(points), dtype=torch.bool, device=points.device)
     positive = (classes[:, None] == classes) & ~itself
-    log_probability = (points @ points.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1)
+    logits = points @ points.T / _positive("temperature", temperature)
+    log_probability = logits.masked_fill(itself, -torch.inf).log_softmax(dim=1)
     count = positive.sum(1)
     mean = log_probability.masked_fill(~positive, 0.0).sum(1) / count.clamp(min=1)
     return -mean.sum() / (count > 0).sum().clamp(min=1)

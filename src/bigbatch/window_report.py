@@ -1,7 +1,8 @@
 """Report of one window: a frozen record whose device values are read on access only."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
 
 from bigbatch.scaling.noise_scale import NoiseScale
 
@@ -89,3 +90,13 @@ class WindowReport:
         """
         losses = [term.loss for term in self.terms.values() if term.items]
         return sum(losses) if losses else float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields, ``loss`` and ``terms`` as plain values, for a log. Waits for the device."""
+        names = [each.name for each in fields(self) if not each.name.startswith("_")]
+        plain = {name: _plain(getattr(self, name)) for name in names}
+        return {"loss": self.loss, **plain, "terms": {name: asdict(term) for name, term in self.terms.items()}}
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

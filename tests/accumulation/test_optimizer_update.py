@@ -25,6 +25,52 @@ def test_invalid_clipping_norm_is_rejected(limit):
         bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), max_grad_norm=limit)
 
 
+@pytest.mark.parametrize("limit", ["1.0", True, [1.0]])
+def test_clipping_norm_that_is_no_number_is_rejected(limit):
+    model = ref.make_model()
+    with pytest.raises(TypeError) as caught:
+        bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), max_grad_norm=limit)
+    assert str(caught.value) == f"max_grad_norm is {limit!r}: pass a number above 0, or None to not clip."
+
+
+def test_scaler_of_another_type_is_rejected():
+    model = ref.make_model()
+    with pytest.raises(TypeError) as caught:
+        bigbatch.Accumulator(model, torch.optim.SGD(model.parameters()), scaler=3)
+    assert str(caught.value) == "scaler is a int: pass a torch.amp.GradScaler, or None."
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"collate": 3}, "collate is a int: pass a function."),
+        ({"lengths": [3]}, "lengths is a list: pass a function."),
+        ({"count_items": {}}, "count_items is a dict: pass a function."),
+        ({"check": "off"}, "check is 'off': pass True or False."),
+        ({"cuda_graphs": "no"}, "cuda_graphs is 'no': pass True or False."),
+        ({"reproducible": "no"}, "reproducible is 'no': pass True or False."),
+    ],
+)
+def test_arguments_of_another_type_are_rejected(settings, message):
+    model = ref.make_model()
+    with pytest.raises(TypeError) as caught:
+        bigbatch.Engine(model, torch.optim.SGD(model.parameters()), ref.loss_and_items, microbatch=2, **settings)
+    assert str(caught.value) == message
+
+
+def test_loss_that_is_no_function_is_rejected():
+    model = ref.make_model()
+    with pytest.raises(TypeError) as caught:
+        bigbatch.Engine(model, torch.optim.SGD(model.parameters()), 3, microbatch=2)
+    assert str(caught.value) == "loss_fn is a int: pass a function."
+
+
+def test_verify_with_exchanged_arguments_is_rejected():
+    with pytest.raises(TypeError) as caught:
+        bigbatch.verify(ref.loss_and_items, ref.make_model(), ref.ragged_batch(8))
+    assert str(caught.value) == "model is a function: pass verify(model, loss_fn, batch), in this order."
+
+
 def test_infinite_clipping_norm_does_not_clip():
     model, batch = ref.make_model(), ref.ragged_batch(8)
     optimizer = ref.RecordingSGD(model)

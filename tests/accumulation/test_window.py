@@ -1,6 +1,7 @@
 """What may be done with a window when; every illegal order says so and leaves clean gradients."""
 
 import contextlib
+import json
 
 import pytest
 import torch
@@ -491,3 +492,61 @@ def test_numpy_counts_of_terms_do_not_wrap(count):
         report = window.step()
     assert report.items == 7 * int(narrow)
     assert optimizer.recorded[0]["bias"].item() == pytest.approx(1)
+
+
+def early(number):
+    return (
+        f"a window of 3 micro-batches was ended after {number}, and there were more: its step() or finish() seems to "
+        "be within the loop over its micro-batches, so that updates have fewer than num_microbatches. Call it after "
+        "that loop; to end a window early on purpose, use accumulator.window()."
+    )
+
+
+def run_windows(end):
+    """Run windows of three micro-batches of eight; ``end(window, number)`` is called after each backward."""
+    model, optimizer, accumulator, parts = setup()
+    for window in accumulator.windows(parts, num_microbatches=3):
+        for number, microbatch in enumerate(window):
+            window.backward(ref.loss_and_items(model, microbatch))
+            if end(window, number):
+                break
+        if window.is_open:
+            window.step()
+    return len(optimizer.recorded)
+
+
+@pytest.mark.parametrize("call", ["step", "finish"])
+def test_window_that_is_ended_within_its_loop_is_warned_of_once(call):
+    with pytest.warns(UserWarning, match="was ended after") as caught:
+        run_windows(lambda window, _: getattr(window, call)() is None)
+    assert [str(warning.message) for warning in caught] == [early(1)]
+    assert caught[0].filename == __file__
+
+
+def test_window_that_a_break_ends_early_is_warned_of():
+    with pytest.warns(UserWarning, match="was ended after") as caught:
+        assert run_windows(lambda _, number: number == 1) == 4
+    assert [str(warning.message) for warning in caught] == [early(2)]
+
+
+def test_windows_that_are_short_by_right_are_not_warned_of():
+    """The last one of a loader, and those that are dropped; warnings are errors."""
+
+    def abort(window, _):
+        window.abort()
+        return True
+
+    assert run_windows(lambda *_: False) == 3
+    assert run_windows(abort) == 0
+
+
+def test_report_as_dict_has_plain_values():
+    model, _, accumulator, parts = setup()
+    window = accumulator.window(parts[:2])
+    fill(window, model)
+    report = window.step()
+    found = json.loads(json.dumps(report.as_dict()))
+    assert found["loss"] == report.loss
+    assert found["terms"] == {"loss": {"loss": report.loss, "items": report.items}}
+    assert (found["step"], found["items"], found["ranks"], found["skipped"]) == (1, report.items, None, None)
+    assert set(found) >= {"grad_norm", "num_microbatches", "elapsed_s", "peak_bytes", "noise"}

@@ -99,3 +99,16 @@ def test_losses_go_into_coupled(loss: Any, kind: Any) -> None:
 def test_losses_have_docstrings_with_a_paper() -> None:
     for name in ("info_nce", "clip", "sup_con", "multiple_negatives_ranking"):
         assert "arXiv:" in getattr(bigbatch.losses, name).__doc__
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), "0.1"])
+def test_temperature_that_is_not_above_zero_is_rejected(temperature: Any) -> None:
+    points = features(0, 4, 3)
+    for call in (
+        lambda: losses.info_nce(points, points, temperature=temperature),
+        lambda: losses.sup_con(points, torch.zeros(4, dtype=torch.long), temperature=temperature),
+    ):
+        with pytest.raises(ValueError, match=r"^temperature is .*: it must be a number above 0\.$"):
+            call()
+    with pytest.raises(ValueError, match=r"^logit_scale is .*: it must be a number above 0\.$"):
+        losses.clip(points, points, logit_scale=temperature)

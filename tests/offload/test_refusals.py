@@ -182,7 +182,7 @@ def test_level_without_optimizer_is_refused():
 
 
 def test_unknown_level_is_refused():
-    message = "offload is 'weights': it must be one of 'none', 'optimizer', 'master', 'gradients'."
+    message = "offload is 'weights': it must be one of 'none', 'optimizer', 'master', 'gradients', or 'auto'."
     assert refusal(lambda p: torch.optim.SGD(p, lr=0.1), "weights") == message
 
 

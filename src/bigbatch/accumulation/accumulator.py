@@ -20,7 +20,7 @@ from bigbatch.accumulation.reproducible_checks import check_reproducible
 from bigbatch.accumulation.reproducible_state import ReproducibleState
 from bigbatch.accumulation.reproducible_update import ReproducibleUpdate
 from bigbatch.accumulation.update_outcome import GradientHook, NonFinite
-from bigbatch.accumulation.window import Window
+from bigbatch.accumulation.window import EarlyEnds, Window
 from bigbatch.accumulation.window_content import WindowContent, WindowState
 from bigbatch.batching.checks import check_count
 from bigbatch.batching.split import draw
@@ -199,7 +199,7 @@ class Accumulator:
         self, microbatches: Iterator[Any], num_microbatches: int, count_items: CountItems | None
     ) -> Iterator[Window]:
         self._require_engine()
-        window = None
+        window, early_ends = None, EarlyEnds(num_microbatches)
         names: tuple[str, ...] = ()
         draws_ahead = count_items is not None or self.sync.runs_in_lockstep
         try:
@@ -213,6 +213,7 @@ class Accumulator:
                         totals = {**dict.fromkeys(names, 0), **_total_items(map(count_items, drawn))}
                 if drawn:
                     self.sync.set_padding_microbatch(drawn[-1])
+                    early_ends.warn()
                 max_num_microbatches, totals = self.agree_on_start(len(drawn), totals)
                 if not max_num_microbatches:
                     break
@@ -220,6 +221,7 @@ class Accumulator:
                 own = drawn if draws_ahead else chain(drawn, islice(microbatches, num_microbatches - 1))
                 window = Window(self.open(WindowContent(own, max_num_microbatches, totals)))
                 yield window
+                early_ends.note(window)
         finally:
             if window is not None:
                 window.abort()

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from itertools import chain
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,14 +129,18 @@ def _required_parameters(function: Any) -> list[str]:
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in variadic]
 
 
-def check_settings(max_grad_norm: float | None, gradient_hook: object, nonfinite: str) -> None:
+def check_settings(max_grad_norm: object, gradient_hook: object, nonfinite: str, scaler: object) -> None:
     """Validate what is done to the gradient before the step; arguments as for `bigbatch.Accumulator`.
 
     Raises:
-        TypeError: ``gradient_hook`` cannot be called.
-        ValueError: Another setting is out of range.
+        TypeError: ``gradient_hook`` cannot be called, or another setting has another type.
+        ValueError: A setting is out of range.
     """
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if not isinstance(max_grad_norm, Real | Tensor | None) or isinstance(max_grad_norm, bool):
+        raise TypeError(f"max_grad_norm is {max_grad_norm!r}: pass a number above 0, or None to not clip.")
+    if scaler is not None and not callable(getattr(scaler, "is_enabled", None)):
+        raise TypeError(f"scaler is a {type(scaler).__name__}: pass a torch.amp.GradScaler, or None.")
+    if max_grad_norm is not None and not float(max_grad_norm) > 0:
         raise ValueError(f"max_grad_norm is {max_grad_norm}: it must be above 0, or None to not clip.")
     if gradient_hook is not None and not callable(gradient_hook):
         raise TypeError(f"gradient_hook is a {type(gradient_hook).__name__}: pass a function of the parameters.")

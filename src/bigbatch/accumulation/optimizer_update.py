@@ -76,7 +76,7 @@ class OptimizerUpdate:
         self.optimizers = check_optimizers(optimizer)
         self.schedulers = check_schedulers(scheduler, self.optimizers)
         self._model = model
-        check_settings(max_grad_norm, gradient_hook, nonfinite)
+        check_settings(max_grad_norm, gradient_hook, nonfinite, scaler)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.max_grad_norm = max_grad_norm
         self.gradient_hook = gradient_hook

@@ -1,5 +1,6 @@
 """The accumulation window of a user's own loop: one rank's micro-batches between two updates."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -40,6 +41,7 @@ class Window:
         self._pending = pending
         self._microbatches = pending.microbatches()
         self._counts = True  # whether the micro-batch that was yielded last counts
+        self._num_drawn = 0
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +76,7 @@ class Window:
                 self.abort()  # the other ranks wait for this one
                 raise
             self._counts = microbatch.counts
+            self._num_drawn += 1
             yield microbatch.content
 
     def _another_pass(self) -> Iterator[Any] | None:
@@ -194,3 +197,34 @@ class Window:
                 f"window.{call}() was called on a window that is {self.state.value}. A window ends with its step(), "
                 "finish() or abort(); take the next one from the accumulator."
             )
+
+
+class EarlyEnds:
+    """Warns, once, of windows that are ended within the loop over their micro-batches, although there are more.
+
+    Args:
+        num_microbatches: Of one window.
+    """
+
+    def __init__(self, num_microbatches: int) -> None:
+        self._num_microbatches = num_microbatches
+        self._after: int | None = None
+        self._has_warned = False
+
+    def note(self, window: Window) -> None:
+        """Note whether the window that has ended had all of its micro-batches."""
+        if window.state is WindowState.CLOSED and 0 < window._num_drawn < self._num_microbatches:
+            self._after = self._after or window._num_drawn
+
+    def warn(self) -> None:
+        """Warn if a window was ended early; call when there is another micro-batch."""
+        if self._after is None or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"a window of {self._num_microbatches} micro-batches was ended after {self._after}, and there were more: "
+            "its step() or finish() seems to be within the loop over its micro-batches, so that updates have fewer "
+            "than num_microbatches. Call it after that loop; to end a window early on purpose, use "
+            "accumulator.window().",
+            stacklevel=3,  # the loop over the windows
+        )

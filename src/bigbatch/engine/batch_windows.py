@@ -15,7 +15,7 @@ from bigbatch.accumulation.window_content import WindowContent
 from bigbatch.batching.prefetch import Prefetcher
 from bigbatch.batching.split import Split, split, split_into, split_options
 from bigbatch.batching.time_first import TimeFirstCheck
-from bigbatch.engine.checks import check_num_lengths
+from bigbatch.engine.checks import check_num_lengths, check_switches
 from bigbatch.engine.microbatch_size import MicrobatchSize
 from bigbatch.engine.quanta import check_quanta
 from bigbatch.engine.weight_probe import probe_weights
@@ -92,6 +92,7 @@ class BatchSplitter:
 
 def first_window_check(accumulator: Accumulator, *, enabled: bool, names_norms: bool) -> FirstWindowCheck:
     """Return the check of the first window of an engine: on the first rank only."""
+    check_switches(check=enabled)
     sync = accumulator.sync
     return FirstWindowCheck(
         accumulator.model,

@@ -12,6 +12,7 @@ from bigbatch.coupled.coupled import Coupled
 from bigbatch.distributed.gradient_sync import GradientSync
 from bigbatch.engine.host_check import check_host
 from bigbatch.errors import InputError
+from bigbatch.offload.levels import LEVELS
 from bigbatch.types import Layout
 
 SETTINGS = (  # arguments of `bigbatch.Engine` that are no attributes of it
@@ -24,9 +25,12 @@ def check_microbatch(microbatch: object, memory: object, lengths: object, *, off
     """Validate microbatch= together with memory=, lengths= and offload=.
 
     Raises:
-        TypeError: ``microbatch`` is of another type.
+        TypeError: ``microbatch`` or ``lengths`` is of another type.
         ValueError: It is out of range, or does not go together with the others.
     """
+    if offload not in (*LEVELS, "auto"):
+        raise InputError(f"offload is {offload!r}: it must be one of {', '.join(map(repr, LEVELS))}, or 'auto'.")
+    check_functions(lengths=lengths)
     if microbatch == "auto":
         return
     if memory is not None and offload != "auto":
@@ -44,13 +48,36 @@ def check_microbatch(microbatch: object, memory: object, lengths: object, *, off
         )
 
 
+def check_functions(**functions: object) -> None:
+    """Check that arguments that are functions can be called.
+
+    Raises:
+        TypeError: One cannot.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is a {type(function).__name__}: pass a function.")
+
+
+def check_switches(**switches: object) -> None:
+    """Check that arguments that are on or off are bools: a text, such as "off", would mean on.
+
+    Raises:
+        TypeError: One is not.
+    """
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}: pass True or False.")
+
+
 def check_quantum(quantum: int | None, microbatch: object, *, reproducible: bool) -> None:
     """Check quantum= together with reproducible= and microbatch=.
 
     Raises:
-        TypeError: The quantum is not an int.
+        TypeError: The quantum is not an int, or ``reproducible`` is no bool.
         ValueError: It is below 1, missing, without effect, or no divisor of the micro-batch.
     """
+    check_switches(reproducible=reproducible)
     if not reproducible:
         if quantum is not None:
             raise ValueError(f"quantum={quantum!r} has no effect without reproducible=True: pass both, or neither.")
@@ -72,8 +99,10 @@ def check_layout(layout: str, lengths: object, collate: object) -> Layout:
     """Return the layout if it is valid together with lengths= and collate=.
 
     Raises:
+        TypeError: ``collate`` cannot be called.
         ValueError: The layout is unknown, or needs an argument that is missing.
     """
+    check_functions(collate=collate)
     if layout == "packed" and (lengths is None or collate is None):
         missing = "lengths=, a function from the batch to the tokens of each sample" if lengths is None else "collate="
         raise ValueError(f'layout="packed" needs {missing}: samples are packed into rows by their tokens.')
@@ -89,7 +118,10 @@ def check_loss(
 
     Raises:
         InputError: A setting is not supported for a `Coupled`, or with ``batch_norm="exact"``.
+        TypeError: ``loss_fn`` or ``count_items`` cannot be called, or ``cuda_graphs`` is no bool.
     """
+    check_functions(loss_fn=loss_fn, count_items=count_items)
+    check_switches(cuda_graphs=cuda_graphs)
     if isinstance(loss_fn, Coupled):
         _check_coupled(cuda_graphs, count_items)
     if batch_norm is not None:

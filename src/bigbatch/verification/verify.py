@@ -173,8 +173,11 @@ def verify(
     Raises:
         ValueError: The batch has fewer than 2 samples or no items, no parameter requires a gradient, ``microbatch`` is
             empty or below 1, or ``batch_norm`` is not supported here.
-        TypeError: The batch cannot be split, or ``loss_fn`` returns something other than sums and items.
+        TypeError: ``model`` is no module, the batch cannot be split, or ``loss_fn`` returns something other than sums
+            and items.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass verify(model, loss_fn, batch), in this order.")
     if type(orders) is not int or orders < 0:
         raise ValueError(f"orders is {orders!r}: pass the number of random orders, 0 or more.")
     if not any(p.requires_grad for p in model.parameters()):

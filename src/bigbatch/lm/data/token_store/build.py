@@ -31,6 +31,9 @@ from bigbatch.lm.text import plural
 TOKENS = "tokens"
 """Kind of the cache's entries that are token stores."""
 
+READING = 2
+"""Changed when records are read, or texts are encoded, otherwise than before: older stores are then made again."""
+
 Store = tuple[Path, Manifest]
 ProgressCallback = Callable[[str, int, int], object]
 
@@ -86,7 +89,7 @@ class Tokenization:
     def _key(self, corpus: Corpus) -> str:
         return _digest(
             {
-                "versions": [VERSION, __version__, tokenizers.__version__, transformers.__version__],
+                "versions": [VERSION, READING, __version__, tokenizers.__version__, transformers.__version__],
                 "data": corpus_state(corpus, by_content=self.by_content),
                 "tokenizer": tokenizer_state(self.encoding.tokenizer),
                 "settings": dict(self.settings),
