@@ -43,6 +43,7 @@ EXPANDABLE = "expandable_segments:True"
 def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *, config: TrainConfig) -> int:
     """Run a trainer to its end or until a signal; return the exit code. ``config`` is the requested configuration."""
     from bigbatch.lm.data.dataset import TokenDataset
+    from bigbatch.lm.training.best_checkpoint import early_stopping_reason
 
     setup, total_steps, ranks = trainer.setup, trainer.total_steps, trainer.ranks
     done = 0 if trainer.checkpoint is None else trainer.checkpoint.progress.step
@@ -87,12 +88,10 @@ def train(trainer: "Trainer", directory: RunDirectory, console: OutputConsole, *
         console.print(f"stopped by {by} after update {outcome.step} of {total_steps}; the model is saved")
         console.print_unbroken(*lines_to_continue(directory.path))
     if outcome.stopped_early:
-        count = plural(setup.config.early_stopping or 0, "validation")
-        console.print(
-            f"ended early after update {outcome.step} of {total_steps}: {count} without a lower validation loss"
-        )
-    if (reason := trainer.engine.runner.disabled_reason) is not None:
-        console.print(f"CUDA graphs are disabled: {reason}")
+        reason = early_stopping_reason(setup.config)
+        console.print(f"ended early after update {outcome.step} of {total_steps}: {reason}")
+    if (why := trainer.engine.runner.disabled_reason) is not None:
+        console.print(f"CUDA graphs are disabled: {why}")
     if ranks.is_first and (advice := _advice_line(directory)) is not None:
         console.print(advice)
     for line in final_lines(config, directory, outcome, is_best=setup.config.resolved_keep == "best"):

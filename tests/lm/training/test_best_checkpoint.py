@@ -154,6 +154,19 @@ def test_early_stopping_ends_run_and_saves_best(
     assert len(losses(folder)) == 10
 
 
+def test_early_stopping_says_by_how_much_loss_is_lower(
+    tmp_path: Path, settings: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    flags = ["--early-stopping", "1", "--early-stopping-min-delta", "12.5", "--out", str(folder)]
+    assert main(["train", *words(settings), *flags]) == 0
+    assert best_of(folder) == 2, "the last validation has a lower loss, by less than 12.5"
+    printed = capfd.readouterr().out
+    expected = "1 validation without a validation loss that is lower by more than 12.5"
+    assert f"\nended early after update 2 of 10: {expected}\n" in printed
+    assert f"{'':<17}weights after update 2, which has the lowest validation loss: " in printed
+
+
 def words(settings: dict[str, Any]) -> list[str]:
     return [
         "--device",

@@ -20,6 +20,7 @@ from bigbatch.lm.checkpoint.sharded_reader import read_into
 from bigbatch.lm.config.train_config import TrainConfig
 from bigbatch.lm.distributed.ranks import RankContext
 from bigbatch.lm.runs.directory import RunDirectory
+from bigbatch.lm.text import plural
 
 MODEL_PREFIX = next(prefix for prefix, file in FILES.items() if file == "model")
 
@@ -94,6 +95,14 @@ def check_comparable(
 def stops_early(now: Progress, config: TrainConfig) -> bool:
     """Return whether ``early_stopping`` ends the run."""
     return config.early_stopping is not None and now.validations_without_improvement >= config.early_stopping
+
+
+def early_stopping_reason(config: TrainConfig) -> str:
+    """Return why ``early_stopping`` has ended a run, as the end of a sentence."""
+    loss, delta = "a lower validation loss", config.early_stopping_min_delta
+    if delta:  # the best of these validations may have a loss that is lower by less
+        loss = f"a validation loss that is lower by more than {delta:.12g}"
+    return f"{plural(config.early_stopping or 0, 'validation')} without {loss}"
 
 
 @torch.no_grad()
