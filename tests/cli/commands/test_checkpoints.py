@@ -87,10 +87,28 @@ def test_bad_input_is_one_sentence(run: Path, capfd: pytest.CaptureFixture[str])
     near = run.with_name("mien")
     assert refused(capfd, near) == f"run {near} does not exist: did you mean {run}?"
     shutil.rmtree(run / "checkpoints")
+    (run / "config.json").write_text("{}")
     assert refused(capfd, run) == (f"{run} has no checkpoint yet: a run saves them in {run / 'checkpoints'}.")
     assert refused(capfd) == "RUN is missing: pass the directory of a run, such as runs/tiny-python-stdlib."
     assert refused(capfd, "a", "b") == "unexpected argument 'b': checkpoints accepts one RUN."
     assert refused(capfd, run, "--jsn") == "unknown flag --jsn: did you mean --json?"
+
+
+def test_folder_of_runs_is_no_run_and_names_them(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    other = run.with_name("first")
+    other.mkdir()
+    (other / "run-manifest.json").touch()
+    folder = run.parent
+    for name in ("model", "notes"):
+        (folder / name).mkdir()
+    (folder / "model" / "config.json").touch()
+    assert refused(capfd, folder) == (
+        f"{folder} is no run: it has no config.json. Name one of the runs in it: {other}, {run}."
+    )
+    for number in range(5):
+        (folder / f"old-{number}" / "checkpoints").mkdir(parents=True)
+    assert refused(capfd, folder).endswith(f"{run}, {folder}/old-0, {folder}/old-1, {folder}/old-2 and 2 more.")
+    assert refused(capfd, folder / "notes") == f"{folder / 'notes'} is no run: it has no config.json."
 
 
 def test_unreadable_folder_is_a_failure(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

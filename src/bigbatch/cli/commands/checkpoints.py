@@ -8,7 +8,7 @@ from typing import Any
 
 from bigbatch.cli.console import make_console, progress_display
 from bigbatch.cli.options import CheckpointsOptions
-from bigbatch.cli.run_lookup import check_run
+from bigbatch.cli.run_lookup import check_run, check_run_files
 from bigbatch.errors import InputError
 from bigbatch.lm.checkpoint.catalog import CheckpointInfo, examine, numbered
 from bigbatch.lm.runs.file_names import CHECKPOINTS, CONFIG, IDENTITY
@@ -22,6 +22,7 @@ NONE_WHOLE = 1
 def run(options: CheckpointsOptions) -> int:
     """Verify and list the checkpoints; return 0 only if at least one is whole."""
     check_run(options.run)
+    check_run_files(options.run)
     folder = options.run / CHECKPOINTS
     console, notes = make_console(), make_console(stderr=True)
     with progress_display(console if not options.as_json else notes if notes.is_terminal else None) as progress:
