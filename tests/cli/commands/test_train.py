@@ -118,6 +118,14 @@ def test_folder_that_another_run_takes_meanwhile_is_left_alone(
     assert [each.name for each in path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where no folder can be created")
+def test_out_that_cannot_be_made_is_refused_before_data(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "broken.jsonl").write_text("not JSON\n")
+    assert main(["train", "--data", "broken.jsonl", "--out", "/proc/run"]) == 2
+    reason = "no such file or directory" if os.geteuid() == 0 else "/proc is not writable"
+    assert capfd.readouterr() == ("", f"bigbatch train: --out /proc/run cannot be written: {reason}.\n")
+
+
 def test_settings_file_runs_like_flags(folder: Path, base: Path) -> None:
     (folder / "run.toml").write_text(
         f'data = "../data.jsonl"\nmodel = "{base}"\nsteps = 2\nglobal_batch_tokens = 60\nmicrobatch = 2\n'

@@ -65,6 +65,22 @@ def test_path_below_a_file_is_refused_first(tmp_path: Path) -> None:
         check_free(tmp_path / "file" / "a" / "b")
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where no folder can be created")
+@pytest.mark.parametrize("path", ["/proc/run", "/proc/a/run"])
+def test_file_system_without_new_folders_is_refused_first(path: str) -> None:
+    reason = "no such file or directory" if os.geteuid() == 0 else "/proc is not writable"
+    with pytest.raises(InputError) as refusal:
+        check_free(Path(path))
+    assert str(refusal.value) == f"--out {path} cannot be written: {reason}."
+
+
+def test_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    check_free(tmp_path / "empty")
+    check_free(tmp_path / "a" / "run")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_read_only_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)

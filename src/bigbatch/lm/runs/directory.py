@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -227,7 +228,7 @@ def as_line(row: Mapping[str, Any]) -> bytes:
 
 
 def check_free(path: Path) -> None:
-    """Check that a folder is empty or can be made; writes nothing.
+    """Check that a folder is empty or can be made: creates a folder in the nearest one that exists, and removes it.
 
     Raises:
         InputError: It is not empty or cannot be made.
@@ -248,6 +249,10 @@ def check_free(path: Path) -> None:
         raise InputError(f"--out {path} cannot be written: {parent} is a file.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"--out {path} cannot be written: {parent} is not writable.")
+    try:  # some file systems, such as /proc, allow root to write and create nothing
+        Path(tempfile.mkdtemp(prefix=f"{CONFIG}.", suffix=PARTIAL, dir=parent)).rmdir()  # a leftover if killed here
+    except OSError as error:
+        raise InputError(_cannot_be_written(path, error)) from error
 
 
 def _is_leftover(path: Path) -> bool:
@@ -277,17 +282,13 @@ def default_path(model: str, data: Sequence[str]) -> Path:
     DATA is the first of several sources, with the number of the others.
     """
     more = f"-and-{len(data) - 1}-more" if len(data) > 1 else ""
-    name = f"{_short(model)}-{_short_data(data[0])}{more}"
+    name = f"{Path(model).stem or 'run'}-{_short_data(data[0])}{more}"
     path = Path("runs") / name
     number = 1
     while path.exists():
         number += 1
         path = Path("runs") / f"{name}-{number}"
     return path
-
-
-def _short(name: str) -> str:
-    return Path(name).stem or "run"
 
 
 def _short_data(name: str) -> str:
