@@ -17,6 +17,7 @@ from rich.text import Text
 from bigbatch.cli.eta import EtaEstimator
 from bigbatch.cli.output import visible, wrap
 from bigbatch.lm.training.callbacks import perplexity
+from bigbatch.lm.training.library_output import silence_libraries
 
 if TYPE_CHECKING:
     from bigbatch.lm.training.setup import ProgressCallback
@@ -59,14 +60,8 @@ def make_console(*, stderr: bool = False, quiet: bool = False) -> OutputConsole:
 
 
 def quiet_libraries() -> None:
-    """Disable the progress bars and warnings of transformers, and what bitsandbytes says when peft imports it."""
-    from logging import ERROR, getLogger
-
-    from transformers.utils import logging
-
-    getLogger("bitsandbytes").setLevel(ERROR)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """Disable the output of libraries until the command ends."""
+    silence_libraries()
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from torch import Tensor
+from transformers.utils import logging
 
 import bigbatch
 from bigbatch import lm
@@ -20,6 +24,7 @@ from bigbatch.lm.data.tokenization import encode_documents
 from bigbatch.lm.data.tokenizer import load_tokenizer
 from bigbatch.lm.report.page import page
 from bigbatch.lm.report.run_reader import read_run
+from bigbatch.lm.training.library_output import silent_libraries
 from bigbatch.lm.training.user_callbacks import METHODS
 from support import gloo_processes
 from support.language_models import conversations, metrics, records, save_model_folder, write_jsonl
@@ -111,6 +116,41 @@ def test_result_names_model_and_metrics(settings: dict[str, Any], tmp_path: Path
     assert (result.model_path / "model.safetensors").is_file()
     adapted = lm.train({**settings, "out": tmp_path / "adapted", "lora_rank": 2}, conversations(20))
     assert (adapted.model_path / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("has_bars", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_libraries_are_silent_and_their_settings_restored(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    library_settings: None,
+    has_bars: bool,
+    fails: bool,
+) -> None:
+    logging.set_verbosity(logging.INFO)
+    (logging.enable_progress_bar if has_bars else logging.disable_progress_bar)()
+    disable_progress_bars("group")
+    settings |= {"gradient_checkpointing": "full", "out": tmp_path / "run"}
+    with pytest.raises(RuntimeError, match="no update") if fails else nullcontext():
+        lm.train(settings, conversations(20), callbacks=[Failing()] if fails else ())
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.INFO, has_bars)
+    assert (are_progress_bars_disabled(), are_progress_bars_disabled("group")) == (not has_bars, True)
+    assert capfd.readouterr() == ("", "")
+
+
+class Failing(lm.Callback):
+    """Fails before the first update."""
+
+    def on_start(self, run: lm.RunStart) -> None:
+        raise RuntimeError("no update")
+
+
+@pytest.fixture
+def library_settings() -> Iterator[None]:
+    """Restore what a test sets in transformers and huggingface_hub."""
+    with silent_libraries():
+        yield
 
 
 def test_tokenized_samples_equal_the_text_they_are_made_of(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from bigbatch.lm.training.callbacks import MetricsRow, TrainResult
 from bigbatch.lm.training.dashboards import check_log, with_dashboards
 from bigbatch.lm.training.data import DataLoader
 from bigbatch.lm.training.event_log import EventLog
+from bigbatch.lm.training.library_output import silent_libraries
 from bigbatch.lm.training.passed_data import (
     DATASET,
     PASSED_DATA,
@@ -47,6 +48,7 @@ from bigbatch.lm.training.trainer import Trainer
 from bigbatch.lm.training.user_callbacks import RunResult, RunStart, UserCallbacks
 
 
+@silent_libraries()
 def train(
     config: TrainConfig | Mapping[str, object] | str | Path | None = None,
     dataset: Any = None,
@@ -61,7 +63,8 @@ def train(
         result = bigbatch.lm.train({"model": "base", "epochs": 1}, dataset, callbacks=[Log()])
 
     Writes the same run directory, with the same checkpoints. Nothing is printed and no signal is handled; sentences
-    for the user are in ``result.notes``. Every update is that of the whole global batch, for any micro-batch.
+    for the user are in ``result.notes``. The progress bars and warnings of transformers are off until it returns, also
+    in callbacks. Every update is that of the whole global batch, for any micro-batch.
 
     With an initialized process group of torch.distributed, every rank calls this function with the same arguments, and
     its device is the current one; it is collective then. Callbacks are called on the first rank.
