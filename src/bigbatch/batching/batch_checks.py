@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bigbatch.batching.batch_types import children, is_dataclass, is_packed
+from bigbatch.batching.checks import check_functions
 
 MOST_FIELDS = 4  # tensors of one kind in a list that are fields, as torch's DataLoader returns [inputs, labels]
 MOST_NAMED = 4  # tensors that a message names
@@ -16,9 +17,10 @@ def check_batch_dim(batch_dim: int | None, collate: object) -> None:
     """Validate batch_dim= together with collate=.
 
     Raises:
-        TypeError: It is not an int.
+        TypeError: It is not an int, or ``collate`` cannot be called.
         ValueError: It is negative, or there is a collate=, which receives the samples themselves.
     """
+    check_functions(collate=collate)
     if batch_dim is None:
         return
     if isinstance(batch_dim, bool) or not isinstance(batch_dim, int):

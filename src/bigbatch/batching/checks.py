@@ -100,3 +100,14 @@ def check_length_range(lengths: tuple[int, ...], token_budget: int | None) -> No
             f"lengths[{lengths.index(longest)}] is {longest}{others}: more tokens than token_budget={token_budget}, "
             f"and a sequence is never cut. Pass token_budget={longest} or more, or shorten the sequence."
         )
+
+
+def check_functions(**functions: object) -> None:
+    """Check that arguments that are functions can be called.
+
+    Raises:
+        TypeError: One cannot.
+    """
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is a {type(function).__name__}: pass a function.")

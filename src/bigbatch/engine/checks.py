@@ -6,7 +6,7 @@ import torch
 
 from bigbatch.accumulation.accumulator import Accumulator
 from bigbatch.batch_norm.checks import check_batch_norm
-from bigbatch.batching.checks import check_count
+from bigbatch.batching.checks import check_count, check_functions
 from bigbatch.batching.plan import TokenBudget, plan
 from bigbatch.coupled.coupled import Coupled
 from bigbatch.distributed.gradient_sync import GradientSync
@@ -46,17 +46,6 @@ def check_microbatch(microbatch: object, memory: object, lengths: object, *, off
         raise ValueError(
             "a TokenBudget needs the length of each sample: pass lengths=, a function from the batch to the lengths."
         )
-
-
-def check_functions(**functions: object) -> None:
-    """Check that arguments that are functions can be called.
-
-    Raises:
-        TypeError: One cannot.
-    """
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} is a {type(function).__name__}: pass a function.")
 
 
 def check_switches(**switches: object) -> None:
@@ -99,10 +88,8 @@ def check_layout(layout: str, lengths: object, collate: object) -> Layout:
     """Return the layout if it is valid together with lengths= and collate=.
 
     Raises:
-        TypeError: ``collate`` cannot be called.
         ValueError: The layout is unknown, or needs an argument that is missing.
     """
-    check_functions(collate=collate)
     if layout == "packed" and (lengths is None or collate is None):
         missing = "lengths=, a function from the batch to the tokens of each sample" if lengths is None else "collate="
         raise ValueError(f'layout="packed" needs {missing}: samples are packed into rows by their tokens.')
