@@ -493,3 +493,13 @@ def test_microbatches_that_add_up_are_looked_at_again_in_later_windows():
     engine = make(mlp(), masked_mean_times_samples, microbatch=8)
     engine.step(masked([5, 5, 5, 5]))  # warnings are errors
     assert warning_of(engine, masked([7, 5, 4, 3])) == FEWER_ITEMS.format(7)
+
+
+def test_mean_that_is_guarded_against_no_item_is_not_taken_for_coupling():
+    def guarded(model, batch):
+        count = (batch[1] != -100).sum().clamp(min=1)
+        loss = F.cross_entropy(model(batch[0]), batch[1], ignore_index=-100, reduction="sum") / count
+        return loss * len(batch[1]), len(batch[1])
+
+    text = warning_of(make(mlp(), guarded, microbatch=8), masked([3, 2, 3, 2]))
+    assert "couples samples" not in text

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bigbatch.trials.tensor_state import TensorState
+from bigbatch.trials.tensor_state import TensorState, bytes_of
 
+MAX_BYTES = 64 * 2**20
+MAX_ELEMENTS = 10_000
 _MISSING = object()
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), range, slice, torch.dtype, torch.device})
 # Written by the contexts that hold or remove them, which may be open: hooks and training modes.
@@ -43,14 +45,17 @@ class ObjectState:
     Args:
         parameters: Whether the values of parameters are copied. If not, only ``parameter.data = ...`` is undone.
         left: Objects that are left as they are, with what hangs on them alone.
+        is_limited: Whether tensors and arrays of more than `MAX_BYTES` are not copied, and the elements of containers
+            with more than `MAX_ELEMENTS` are not looked into: both hold data.
 
     Attributes:
         modules: The modules that were found.
         tensors: The tensors that were found.
     """
 
-    def __init__(self, *, parameters: bool = True, left: Iterable[Any] = ()) -> None:
-        self._parameters = parameters
+    def __init__(self, *, parameters: bool = True, left: Iterable[Any] = (), is_limited: bool = False) -> None:
+        self._parameters, self._is_limited = parameters, is_limited
+        self._large: list[tuple[Tensor, int]] = []  # not copied, with their versions
         self._seen: dict[int, Any] = {
             id(value): value for value in left
         }  # also keeps the objects alive, so that no other one gets the same id
@@ -66,6 +71,10 @@ class ObjectState:
             if type(value) not in _ATOMS and id(value) not in self._seen:
                 self._seen[id(value)] = value
                 pending += self._save(value)
+
+    def written(self) -> Tensor | None:
+        """Return a tensor that was written to, and not copied before; None if there is none."""
+        return next((tensor for tensor, version in self._large if tensor._version != version), None)
 
     def restore(self) -> None:
         """Write everything back; may be called several times. An error or interrupt is raised at the end."""
@@ -88,6 +97,9 @@ class ObjectState:
         if isinstance(value, Tensor):
             self.tensors.append(value)
             copied = self._parameters or not isinstance(value, nn.Parameter)
+            if self._is_limited and copied and bytes_of(value) > MAX_BYTES:
+                self._large += [] if value.is_inference() else [(value, value._version)]
+                return ()
             self._steps.append(TensorState.of(value, copied=copied).restore)
             return ()
         if isinstance(value, nn.Module):
@@ -96,7 +108,10 @@ class ObjectState:
         if (set_state := _generator_state(value)) is not None:
             self._steps.append(set_state)
             return ()
-        return [*self._save_elements(value), *self._save_attributes(value)]
+        elements = list(self._save_elements(value))
+        if self._is_limited and len(elements) > MAX_ELEMENTS:
+            elements = []
+        return [*elements, *self._save_attributes(value)]
 
     def _save_module(self, module: nn.Module) -> Iterator[Any]:
         if _is_communication_wrapper(module):
@@ -146,7 +161,8 @@ class ObjectState:
         if isinstance(value, tuple | frozenset):
             return list(value)
         if numpy is not None and isinstance(value, numpy.ndarray):
-            if value.flags.writeable and not isinstance(value, numpy.memmap):
+            is_data = isinstance(value, numpy.memmap) or (self._is_limited and value.nbytes > MAX_BYTES)
+            if value.flags.writeable and not is_data:
                 self._steps.append(partial(_set_array, value, value.copy()))
             return list(value.flat) if value.dtype == object else ()
         return ()

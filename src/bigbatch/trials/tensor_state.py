@@ -77,3 +77,13 @@ def _write(target: Tensor, values: Tensor) -> None:
             target, values = target.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
     if not torch.equal(target.cpu(), values):
         target.copy_(values)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Return the bytes of the values of a tensor of any kind; 0 where that is not defined."""
+    try:
+        if tensor.layout is torch.sparse_coo:
+            return tensor._values().nbytes + tensor._indices().nbytes
+        return tensor.nbytes
+    except RuntimeError:
+        return 0

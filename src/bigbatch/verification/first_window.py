@@ -226,9 +226,9 @@ def _causes(
 
 
 def _has_empty_samples(case: Case) -> bool:
-    """Return whether the loss of some samples by themselves is not finite, as a mean over nothing; not of all."""
+    """Return whether some samples by themselves have no loss: not finite, or 0, as a mean over nothing; not all."""
     alone = case.terms([[row] for row in range(case.reference)])
-    return len({math.isfinite(loss) for terms in alone for loss, _ in terms.values()}) > 1
+    return len({math.isfinite(loss) and loss != 0 for terms in alone for loss, _ in terms.values()}) > 1
 
 
 def _joins_add_up(cut_gradients: CutGradients, groups: Sequence[list[int]], state: ModuleState) -> bool:

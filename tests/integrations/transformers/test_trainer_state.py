@@ -10,8 +10,8 @@ from transformers import Trainer
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers import exact, verify
-from bigbatch.integrations.transformers import trainer_state as module
 from bigbatch.integrations.transformers.trainer_state import is_own_object
+from bigbatch.trials import object_state
 from integrations.transformers import trainer_cases as cases
 from support import full_batch_reference as ref
 
@@ -119,25 +119,58 @@ def test_loss_function_with_a_state_counts_once(tmp_path: Path, kind: str):
     assert loss.count == total(trainer)
 
 
-def test_large_tensor_that_is_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "MAX_COPIED_BYTES", 1024)
+@pytest.mark.parametrize("place", ["attribute", "object"])
+def test_large_tensor_that_is_written_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
+    monkeypatch.setattr(object_state, "MAX_BYTES", 1024)
 
     class Large(cases.MeanLoss):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.read, self.sums = torch.ones(1024), torch.zeros(1024)
+            self.read, sums = torch.ones(1024), torch.zeros(1024)
+            self.sums, self.meter = sums if place == "attribute" else torch.zeros(1), Meter()
+            self.meter.sums = sums
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            self.sums += self.read
+            self.meter.sums += self.read
             return super().compute_loss(model, inputs, return_outputs)
 
     trainer, _ = cases.make(tmp_path, Large)
     with pytest.raises(InputError) as caught:
         verify(trainer)
+    where = "the attribute sums" if place == "attribute" else "an object"
     assert str(caught.value) == (
-        "the loss of Large writes to its attribute sums, a tensor of 4.0 KiB, which is too large to be restored after "
-        "a trial: keep what it counts in smaller tensors."
+        f"the loss of Large writes to a tensor of 4.0 KiB in {where}, which is too large to be restored after a trial: "
+        "keep what it counts in smaller tensors."
     )
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_attributes_of_any_kind_do_not_prevent_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(object_state, "MAX_BYTES", 64)
+    trainer, recorder = cases.make(tmp_path, Counting)
+    trainer.sparse, trainer.compressed = torch.eye(40).to_sparse(), torch.eye(40).to_sparse_csr()
+    trainer.meta, trainer.meter.bank = torch.zeros(400, device="meta"), np.zeros(400)
+    with torch.inference_mode():
+        trainer.inference = torch.zeros(400)
+    trainer.rows = [{"a": [number]} for number in range(20_000)]
+    exact(trainer).train()
+    assert max(cases.errors(recorder, ref.make_model(), cases.windows(trainer.train_dataset))) <= 1e-12
+    assert trainer.counts == {total(trainer)}
+
+
+def test_long_containers_are_restored_without_their_elements(tmp_path: Path):
+    class Appends(cases.MeanLoss):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.history = [0] * 20_000
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self.history.append(cases.num_labels(inputs))
+            return super().compute_loss(model, inputs, return_outputs)
+
+    trainer, _ = cases.make(tmp_path, Appends)
+    verify(trainer)
+    assert len(trainer.history) == 20_000
 
 
 def test_objects_of_installed_packages_are_not_those_of_the_user():
@@ -184,5 +217,14 @@ def test_batches_that_are_changed_for_a_window_are_refused(tmp_path: Path, kind)
 
 def test_batches_that_are_only_counted_are_exact(tmp_path: Path):
     trainer, recorder = cases.make(tmp_path, CountingBatches)
+    exact(trainer, items=cases.num_labels).train()
+    assert max(cases.errors(recorder, ref.make_model(), cases.windows(trainer.train_dataset))) <= 1e-12
+
+
+def test_missing_values_in_a_batch_are_no_change(tmp_path: Path):
+    def collate(rows):
+        return {**cases.collate(rows), "target": torch.full((len(rows),), float("nan"))}
+
+    trainer, recorder = cases.make(tmp_path, CountingBatches, collator=collate)
     exact(trainer, items=cases.num_labels).train()
     assert max(cases.errors(recorder, ref.make_model(), cases.windows(trainer.train_dataset))) <= 1e-12

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from bigbatch.errors import InputError
 from bigbatch.integrations.transformers.unit_refusals import class_name
 from bigbatch.memory.limit import describe_bytes
 from bigbatch.preserve import preserved
-from bigbatch.trials.object_state import ObjectState
+from bigbatch.trials.object_state import MAX_ELEMENTS, ObjectState
+from bigbatch.trials.tensor_state import bytes_of
 
-MAX_ELEMENTS = 10_000  # of a container that is copied: a longer one holds data
 _MISSING = object()
 # Large, or restored with the model, or not data.
 _LEFT_AS_THEY_ARE = frozenset(
     {"train_dataset", "eval_dataset", "model", "model_wrapped", "ref_model", "optimizer", "lr_scheduler", "args"}
 )
 _OBJECTS = frozenset({"state", "control"})
-MAX_COPIED_BYTES = 64 * 2**20  # of a tensor or array of a trainer: a larger one is data
 _PACKAGES = frozenset(
     {"bigbatch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "torch", "numpy"}
 )
@@ -40,36 +40,39 @@ def trainer_preserved(trainer: Any) -> Iterator[None]:
 
     Covers metrics, counters, ``state`` and ``control``: lists, dicts, sets, tensors and arrays, random generators, and
     objects of classes that are not of an installed package, as well as such a ``compute_loss_func``. Datasets, models
-    and the optimizer are left as they are.
+    and the optimizer are left as they are, and so are arrays of more than 64 MiB, and the elements of containers with
+    more than 10,000.
 
     Raises:
         InputError: On exit, if a tensor of more than 64 MiB was written to, which is not copied.
     """
     attributes = dict(vars(trainer))
     left = [trainer, *(value for name, value in attributes.items() if name in _LEFT_AS_THEY_ARE)]
-    content, large = ObjectState(parameters=False, left=left), dict[str, tuple[Tensor, int]]()
-    for name, value in attributes.items():
-        if isinstance(value, Tensor) and value.nbytes > MAX_COPIED_BYTES:
-            large[name] = value, value._version
-        elif name in _OBJECTS or (name not in _LEFT_AS_THEY_ARE and _is_own_state(value)):
-            content.add(value)
+    content = ObjectState(parameters=False, left=left, is_limited=True)
     function = attributes.get("compute_loss_func")
     owner = getattr(function, "__self__", getattr(function, "func", None))  # of a method, or of a partial
-    content.add(*(each for each in (owner,) if is_own_object(each)))
+    own = [
+        value
+        for name, value in attributes.items()
+        if name in _OBJECTS or (name not in _LEFT_AS_THEY_ARE and _is_own_state(value))
+    ]
+    with unset_fake_temporarily():
+        content.add(*own, *(each for each in (owner,) if is_own_object(each)))
     try:
         yield
     finally:
-        content.restore()
         now = vars(trainer)
         for name in now.keys() - attributes.keys():
             del now[name]
         now.update(attributes)
-    changed = [name for name, (tensor, version) in large.items() if tensor._version != version]
-    if changed:
+        with unset_fake_temporarily():
+            content.restore()
+    if (written := content.written()) is not None:
+        names = [f"the attribute {name}" for name, value in attributes.items() if value is written]
         raise InputError(
-            f"the loss of {class_name(trainer)} writes to its attribute {changed[0]}, a tensor of "
-            f"{describe_bytes(large[changed[0]][0].nbytes)}, which is too large to be restored after a trial: keep "
-            "what it counts in smaller tensors."
+            f"the loss of {class_name(trainer)} writes to a tensor of {describe_bytes(bytes_of(written))} in "
+            f"{', '.join(names) or 'an object'}, which is too large to be restored after a trial: keep what it counts "
+            "in smaller tensors."
         )
 
 
@@ -77,11 +80,9 @@ def _is_own_state(value: Any) -> bool:
     """Return whether an attribute of a trainer may hold what its loss counts."""
     if isinstance(value, nn.Module):
         return False  # saved with the models
-    if isinstance(value, dict | list | set | deque | Tensor) or is_random_generator(value):
-        return True
-    if isinstance(value, np.ndarray):
-        return value.nbytes <= MAX_COPIED_BYTES
-    return is_own_object(value)
+    return isinstance(value, dict | list | set | deque | Tensor | np.ndarray) or (
+        is_random_generator(value) or is_own_object(value)
+    )
 
 
 def is_own_object(value: Any) -> bool:

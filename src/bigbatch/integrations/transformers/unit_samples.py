@@ -244,5 +244,9 @@ def same_batches(first: Any, second: Any) -> bool:
 
 def _same_value(first: Any, second: Any) -> bool:
     if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and torch.equal(first, second)
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        if first.is_floating_point():  # a NaN may stand for a value that is missing
+            return torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+        return torch.equal(first, second)
     return first is second or bool(first == second)

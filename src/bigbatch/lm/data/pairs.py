@@ -236,7 +236,7 @@ def _negatives(record: Mapping[str, Any], source: str) -> list[tuple[str, Any]]:
     """Return the negatives of a query, each with its field: ``negative``, or ``negative_1`` and so on, in order."""
     matches = [match for name in record if (match := _NUMBERED_NEGATIVE.fullmatch(name)) is not None]
     numbered = [match[0] for match in sorted(matches, key=lambda match: int(match[1]))]
-    numbered = [name for name in numbered if record[name] is not None]
+    numbered = [name for name in numbered if record[name] is not None and str(record[name]).strip()]  # as cells of CSV
     negatives = parsed_strings(record.get("negative"), "negative", source)
     if negatives is None:
         return [(name, record[name]) for name in numbered]
