@@ -494,12 +494,11 @@ def test_numpy_counts_of_terms_do_not_wrap(count):
     assert optimizer.recorded[0]["bias"].item() == pytest.approx(1)
 
 
-def early(number):
-    return (
-        f"a window of 3 micro-batches was ended after {number}, and there were more: its step() or finish() seems to "
-        "be within the loop over its micro-batches, so that updates have fewer than num_microbatches. Call it after "
-        "that loop; to end a window early on purpose, use accumulator.window()."
-    )
+EARLY = (
+    "a window of 3 micro-batches was ended after 1, and there were more: its step() or finish() is within the loop "
+    "over its micro-batches, so that updates have fewer than num_microbatches. Call it after that loop; to end a "
+    "window early on purpose, leave that loop by break."
+)
 
 
 def run_windows(end):
@@ -519,25 +518,28 @@ def run_windows(end):
 def test_window_that_is_ended_within_its_loop_is_warned_of_once(call):
     with pytest.warns(UserWarning, match="was ended after") as caught:
         run_windows(lambda window, _: getattr(window, call)() is None)
-    assert [str(warning.message) for warning in caught] == [early(1)]
+    assert [str(warning.message) for warning in caught] == [EARLY]
     assert caught[0].filename == __file__
 
 
-def test_window_that_a_break_ends_early_is_warned_of():
-    with pytest.warns(UserWarning, match="was ended after") as caught:
-        assert run_windows(lambda _, number: number == 1) == 4
-    assert [str(warning.message) for warning in caught] == [early(2)]
-
-
 def test_windows_that_are_short_by_right_are_not_warned_of():
-    """The last one of a loader, and those that are dropped; warnings are errors."""
+    """The last one of a loader, those that are dropped, and those left by break; warnings are errors."""
 
     def abort(window, _):
         window.abort()
         return True
 
     assert run_windows(lambda *_: False) == 3
+    assert run_windows(lambda _, number: number == 1) == 4
     assert run_windows(abort) == 0
+
+
+def test_window_that_is_stepped_with_its_last_microbatch_is_not_warned_of():
+    def step_last(window, number):
+        if number == 2:
+            window.step()
+
+    assert run_windows(step_last) == 3
 
 
 def test_report_as_dict_has_plain_values():

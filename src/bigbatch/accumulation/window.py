@@ -42,6 +42,8 @@ class Window:
         self._microbatches = pending.microbatches()
         self._counts = True  # whether the micro-batch that was yielded last counts
         self._num_drawn = 0
+        self._is_in_loop = False  # over its micro-batches; False after a break
+        self._ended_in_loop = False
 
     def __enter__(self) -> Self:
         return self
@@ -76,8 +78,11 @@ class Window:
                 self.abort()  # the other ranks wait for this one
                 raise
             self._counts = microbatch.counts
-            self._num_drawn += 1
-            yield microbatch.content
+            self._num_drawn, self._is_in_loop = self._num_drawn + 1, True
+            try:
+                yield microbatch.content
+            finally:
+                self._is_in_loop = False
 
     def _another_pass(self) -> Iterator[Any] | None:
         """Return the micro-batches once more if a reproducible window needs them; else None."""
@@ -157,6 +162,7 @@ class Window:
                 parameters, or the parameters of the optimizer.
         """
         self._require_open("step")
+        self._ended_in_loop = self._is_in_loop
         try:
             return self._pending.apply()
         except BaseException:
@@ -181,6 +187,7 @@ class Window:
             WindowStateError: As for `step`.
         """
         self._require_open("finish")
+        self._ended_in_loop = self._is_in_loop
         try:
             return self._pending.finish()
         except BaseException:
@@ -213,7 +220,7 @@ class EarlyEnds:
 
     def note(self, window: Window) -> None:
         """Note whether the window that has ended had all of its micro-batches."""
-        if window.state is WindowState.CLOSED and 0 < window._num_drawn < self._num_microbatches:
+        if window._ended_in_loop and window._num_drawn < self._num_microbatches:
             self._after = self._after or window._num_drawn
 
     def warn(self) -> None:
@@ -223,8 +230,7 @@ class EarlyEnds:
         self._has_warned = True
         warnings.warn(
             f"a window of {self._num_microbatches} micro-batches was ended after {self._after}, and there were more: "
-            "its step() or finish() seems to be within the loop over its micro-batches, so that updates have fewer "
-            "than num_microbatches. Call it after that loop; to end a window early on purpose, use "
-            "accumulator.window().",
+            "its step() or finish() is within the loop over its micro-batches, so that updates have fewer than "
+            "num_microbatches. Call it after that loop; to end a window early on purpose, leave that loop by break.",
             stacklevel=3,  # the loop over the windows
         )
