@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from bigbatch.errors import InputError
 
@@ -48,14 +48,10 @@ def parsed_messages(value: object, field: str, source: str) -> object:
     Raises:
         InputError: It is the text of such a list in Python's notation.
     """
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    found = parsed(value)
-    if isinstance(found, list) and found and all(map(_is_message, found)):
-        return found
-    if found is value and _PYTHON_MESSAGES.fullmatch(value):
+    found = _list_of(value, _are_messages)
+    if found is value and isinstance(value, str) and _PYTHON_MESSAGES.fullmatch(value):
         raise InputError(_not_json(field, source, "messages"))
-    return value
+    return found
 
 
 def parsed_strings(value: object, field: str, source: str) -> object:
@@ -69,14 +65,22 @@ def parsed_strings(value: object, field: str, source: str) -> object:
     Raises:
         InputError: It is the text of such a list in Python's notation.
     """
+    found = _list_of(value, _are_strings)
+    if found is value and isinstance(value, str) and _PYTHON_STRINGS.fullmatch(value):
+        raise InputError(_not_json(field, source, "strings"))
+    return found
+
+
+def _list_of(value: object, accepts: Callable[[object], bool]) -> object:
+    """Return the value of JSON text that begins as a list, if it is accepted; anything else as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     found = parsed(value)
-    if _is_strings(found):
-        return found
-    if found is value and _PYTHON_STRINGS.fullmatch(value):
-        raise InputError(_not_json(field, source, "strings"))
-    return value
+    return found if accepts(found) else value
+
+
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
 def _is_message(entry: object) -> bool:
@@ -88,7 +92,7 @@ def _is_message(entry: object) -> bool:
     )
 
 
-def _is_strings(value: object) -> bool:
+def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
